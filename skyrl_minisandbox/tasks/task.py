@@ -1,0 +1,69 @@
+"""A Task: one problem with the tests that judge it. Frozen, hashable by content, plain data."""
+
+from __future__ import annotations
+
+import hashlib
+
+from pydantic import BaseModel, ConfigDict
+
+from skyrl_minisandbox.images.recipe import Recipe
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tests(_Frozen):
+    """How a patch is judged.
+
+    patch: unified diff that brings the hidden tests; applied on top of the image's own files.
+    files: every path that `patch` touches, relative to the workdir; restored from the image first.
+    command: shell command, run in the workdir of a fresh sandbox.
+    parser: name of the log parser that reads the command's output (`pytest`, `django`, `sympy`).
+    fail_to_pass, pass_to_pass: whole test names as the parser gives them.
+    timeout: seconds for the command.
+    """
+
+    __test__ = False  # not a test class, whatever pytest makes of the name
+
+    patch: str
+    files: tuple[str, ...]
+    command: str
+    parser: str = "pytest"
+    fail_to_pass: tuple[str, ...]
+    pass_to_pass: tuple[str, ...]
+    timeout: float = 300.0
+
+
+class PublicTask(_Frozen):
+    """All of a task that a scaffold and the sandbox of its rollout may know."""
+
+    id: str
+    problem_statement: str
+    recipe: Recipe
+
+
+class Task(_Frozen):
+    """One problem.
+
+    id: unique in its dataset; safe as a file name (letters, digits, `.`, `_`, `-`).
+    gold_patch: unified diff that solves it; only for privileged scaffolds.
+    source: the dataset family it came from.
+    """
+
+    id: str
+    problem_statement: str
+    recipe: Recipe
+    tests: Tests
+    gold_patch: str
+    source: str = ""
+
+    def public(self) -> PublicTask:
+        """The task without its solution and its hidden tests."""
+        return PublicTask(
+            id=self.id, problem_statement=self.problem_statement, recipe=self.recipe
+        )
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the whole task."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
