@@ -1,0 +1,330 @@
+"""The configuration of the Env, field by field. The Hydra tree in configs/ has the same names and sentences.
+
+No `from __future__ import annotations` here: SkyRL builds nested dataclasses from `field.type`, and
+with annotations kept as strings it would silently hand out plain dicts instead.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from skyrl_minisandbox.errors import InputError
+
+if typing.TYPE_CHECKING:
+    from skyrl_minisandbox.sandbox.spec import Limits
+
+C = TypeVar("C", bound="Config")
+
+_SIZE = re.compile(r"(\d+)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
+_FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _home(name: str) -> str:
+    """A directory of ours below the user's cache directory (XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "skyrl-minisandbox", name)
+
+
+def parse_size(text: str, key: str) -> int:
+    """Bytes from `4GiB`, `512M` or `1048576`; units are powers of 1024. Raises `InputError`."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InputError(f"`{key}={text}` is not a size", hint=f"write a number of bytes or `{key}=4GiB`")
+    return int(match[1]) * _FACTOR[(match[2] or "").upper()]
+
+
+@dataclass
+class Config:
+    """Base class: leaf types are checked, because neither SkyRL nor a plain call does it."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = _checked(getattr(self, item.name), item.type, item.name)
+            object.__setattr__(self, item.name, value)
+
+
+@dataclass
+class ImagesConfig(Config):
+    """Where images are.
+
+    store: directory with the built images, shared by all nodes (may be on NFS). Empty: below the
+        user's cache directory.
+    cache: node-local directory for unpacked layers, ready to mount; must be on a local disk.
+        Empty: below the user's cache directory.
+    pythons: directories with Python prefixes (`DIR/3.9.18/bin/python3.9`) beside the running
+        interpreter; only building images reads them.
+    """
+
+    store: str = ""
+    cache: str = ""
+    pythons: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.store = _absolute(self.store or _home("store"))
+        self.cache = _absolute(self.cache or _home("cache"))
+        self.pythons = [_absolute(path) for path in self.pythons]
+
+
+@dataclass
+class TasksConfig(Config):
+    """Which tasks; needed where a dataset row carries only a `task_id`.
+
+    name: the dataset family, a short name or a dotted path.
+    ids: only these tasks, in this order; empty: all.
+    path: file or directory that the family reads; empty: its own default.
+    repos: directory with local clones of the repositories; empty: none are needed.
+    base: `host` or `debian`, the base of the images.
+    python: `3.12`: another interpreter than the tasks' own; empty: theirs.
+    """
+
+    name: str = "pypi"
+    ids: list[str] = field(default_factory=list)
+    path: str = ""
+    repos: str = ""
+    base: str = "host"
+    python: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path = _absolute(self.path) if self.path else ""
+        self.repos = _absolute(self.repos) if self.repos else ""
+
+
+@dataclass
+class ScaffoldConfig(Config):
+    """The agent program around the model.
+
+    name: a short name or a dotted path.
+    options: handed to the scaffold as keyword arguments; the scaffold documents them.
+    """
+
+    name: str = "mini"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RewardConfig(Config):
+    """How a TestReport becomes a number.
+
+    name: a short name or a dotted path to `function(report) -> float | None`.
+    """
+
+    name: str = "binary"
+
+
+@dataclass
+class SandboxConfig(Config):
+    """What one sandbox may use. Reaching a limit is told to the agent; the rollout goes on.
+
+    memory: of the whole sandbox, its files included (they are in memory).
+    processes: processes and threads in the whole sandbox.
+    disk: what may be written; below `memory`, so that a full disk does not look like a lack of memory.
+    output: kept of each command's output; the middle of more is cut.
+    allow_degraded: names of protections that may be missing (`minisandbox doctor` lists them). Each
+        one makes the sandbox weaker, so one that is missing and not named is an error.
+    """
+
+    memory: str = "4GiB"
+    processes: int = 1024
+    disk: str = "2GiB"
+    output: str = "2MiB"
+    allow_degraded: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "sandbox", "processes")
+        for name in ("memory", "disk", "output"):
+            if parse_size(getattr(self, name), f"sandbox.{name}") <= 0:
+                raise InputError(f"`sandbox.{name}` must be above 0")
+
+    def limits(self) -> "Limits":
+        """The same in bytes, as the sandbox wants it."""
+        from skyrl_minisandbox.sandbox.spec import Limits
+
+        return Limits(
+            memory=parse_size(self.memory, "sandbox.memory"),
+            processes=self.processes,
+            disk=parse_size(self.disk, "sandbox.disk"),
+            output=parse_size(self.output, "sandbox.output"),
+        )
+
+
+@dataclass
+class RolloutConfig(Config):
+    """Bounds of one rollout. All times in seconds, on the monotonic clock.
+
+    turns: answers of the policy before the rollout is ended and graded; `extras["max_turns"]`, which
+        SkyRL sets from `generator.max_turns`, wins over it. 0: no bound of ours.
+    step: what the scaffold may take from one answer to its next question. Above it the rollout ends
+        with `ended_by=time` and is graded: a command inside can cause it, so it is scored.
+    time: the same for all steps together; the model's own time does not count.
+    setup: checkout and sandbox of the rollout. Above it: `infra_error`, as no command inside can cause it.
+    grade: what grading may take beside the tests' own time limit. Above it: `infra_error`.
+    idle: how long a rollout waits for its next answer before it is given up. It must be above the
+        longest pause of the trainer (a weight update); it frees what a crashed driver left open.
+    """
+
+    turns: int = 50
+    step: float = 600.0
+    time: float = 3600.0
+    setup: float = 600.0
+    grade: float = 300.0
+    idle: float = 7200.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "rollout", "step", "time", "setup", "grade", "idle")
+        if self.turns < 0:
+            raise InputError(f"`rollout.turns={self.turns}` must be 0 (no bound) or above")
+
+
+@dataclass
+class ClusterConfig(Config):
+    """Where rollouts run.
+
+    kind: `ray`: on the nodes of a running Ray, else of one that is started for this run. `local`: in
+        worker processes of this machine, without Ray.
+    nodes: at most so many nodes, this machine first; 0: all.
+    workers: worker processes per node. More of them: less is lost when one dies, more memory (60 MB each).
+    slots: rollouts that a node should run at once; 0: two per CPU, as they mostly wait for the model.
+    address: of a running Ray; empty: RAY_ADDRESS, else one is started.
+    """
+
+    kind: str = "ray"
+    nodes: int = 0
+    workers: int = 2
+    slots: int = 0
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "cluster", "workers")
+        if self.kind not in ("ray", "local"):
+            raise InputError(f"`cluster.kind={self.kind}` must be `ray` or `local`")
+        if self.nodes < 0 or self.slots < 0:
+            raise InputError("`cluster.nodes` and `cluster.slots` must be 0 or above")
+
+
+@dataclass
+class EnvConfig(Config):
+    """All that the Env needs.
+
+    grading: `protected`, or `official`: the dataset's own procedure.
+    out: run directory; the logs of nodes and workers and our own Ray's temporary files go below it.
+        Empty: below the cache, removed at the end.
+    """
+
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grading: str = "protected"
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.out = _absolute(self.out) if self.out else ""
+        if self.grading not in ("protected", "official"):
+            raise InputError(f"`grading={self.grading}` must be `protected` or `official`")
+
+
+def make_config(given: Any) -> EnvConfig:
+    """The config from what SkyRL, Hydra or a caller has: EnvConfig, dataclass, DictConfig, dict or None.
+
+    Where a section has a `name` or `kind`, that alone may stand for it (`scaffold: gold`). Raises
+    `InputError` that names an unknown key, and near or known ones.
+    """
+    return given if isinstance(given, EnvConfig) else build(EnvConfig, given, "")
+
+
+def build(cls: type[C], given: Any, path: str) -> C:
+    """An instance of `cls` from a mapping-like; `path` is the key that it stands under, for messages."""
+    if isinstance(given, cls):
+        return given
+    names = [item.name for item in dataclasses.fields(cls)]
+    if isinstance(given, str) and names[0] in ("name", "kind"):
+        given = {names[0]: given}
+    data = _mapping(given, path)
+    for key in data:
+        if key not in names:
+            raise InputError(f"unknown key `{_join(path, key)}`", hint=_suggest(str(key), names))
+    hints = {item.name: item.type for item in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        kind = hints[key]
+        if isinstance(kind, type) and issubclass(kind, Config):
+            values[key] = build(kind, value, _join(path, key))
+        else:
+            values[key] = _checked(value, kind, _join(path, key))
+    return cls(**values)
+
+
+def _mapping(given: Any, path: str) -> dict[str, Any]:
+    """A plain dict from whatever holds the keys; omegaconf is looked at only if it is loaded at all."""
+    omegaconf = sys.modules.get("omegaconf")
+    if given is None:
+        return {}
+    if omegaconf is not None and omegaconf.OmegaConf.is_config(given):
+        given = omegaconf.OmegaConf.to_container(given, resolve=True)
+    elif dataclasses.is_dataclass(given) and not isinstance(given, type):
+        given = {item.name: getattr(given, item.name) for item in dataclasses.fields(given)}
+    if not isinstance(given, Mapping):
+        raise InputError(f"`{path or 'config'}` must have keys of its own, but is {given!r}")
+    return dict(given)
+
+
+def _checked(value: Any, kind: Any, key: str) -> Any:
+    """`value` as a `kind`. Only what a command line makes of numbers is converted."""
+    origin = typing.get_origin(kind) if isinstance(kind, types.GenericAlias) else kind
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and value is None:
+        return ""
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if origin is list and isinstance(value, tuple | list):
+        return [_checked(each, typing.get_args(kind)[0], key) for each in value]
+    if isinstance(value, origin) and not (isinstance(value, bool) and kind is not bool):
+        return value
+    raise InputError(f"`{key}={value}` must be {_SAID.get(origin, origin.__name__)}")
+
+
+_SAID = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list, `[a,b]`",
+    dict: "a mapping, `{a: b}`",
+}
+
+
+def _suggest(key: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    known = f"known here: {', '.join(names)}"
+    return f"did you mean `{near[0]}`? {known}" if near else known
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _positive(config: Config, section: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise InputError(f"`{section}.{name}={getattr(config, name)}` must be above 0")
