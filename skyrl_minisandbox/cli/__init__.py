@@ -1,0 +1,1 @@
+"""The `minisandbox` command: one file per verb, configured by Hydra overrides."""

@@ -1,0 +1,79 @@
+"""Help texts: `-h` fits a screen, `--help` adds every key with its default, from the configuration's own comments."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from skyrl_minisandbox.cli.tree import config_directory, groups, headline, keys
+
+if TYPE_CHECKING:
+    from skyrl_minisandbox.cli.main import Verb
+
+WIDTH = 100
+COMMON = (
+    ("tasks=pypi|swebench", "the dataset; tasks.ids=[a,b] for some of it, tasks.path=FILE"),
+    ("scaffold=mini|gold|empty|wrong", "the agent; a dotted path for one of your own"),
+    ("policy=script|openai", "who answers it; policy.base_url=URL policy.model=NAME"),
+    ("cluster=ray|local", "where it runs; cluster.nodes=N"),
+    ("images.store=DIR images.cache=DIR", "where images lie"),
+    ("out=DIR", "the run directory"),
+)
+
+
+def overview(verbs: Mapping[str, Verb]) -> str:
+    """`minisandbox -h`."""
+    width = max(len(name) for name in verbs)
+    lines = ["usage: minisandbox VERB [group=choice key=value …]", ""]
+    lines += [f"  {name:{width}}  {verb.summary}" for name, verb in verbs.items()]
+    lines += ["", "often used:"]
+    lines += _columns(COMMON)
+    lines += [
+        "",
+        "`minisandbox VERB -h` for one verb, `--help` for every key. Results go to stdout, progress to stderr.",
+        "exit codes: 0 done, 1 some result is not what was asked, 2 input, 3 the machine lacks something, 130",
+        "interrupted.",
+    ]
+    return "\n".join(lines)
+
+
+def short_help(name: str, verb: Verb) -> str:
+    """`minisandbox VERB -h`."""
+    word = f" {'|'.join(verb.words)}" if verb.words else ""
+    own = "".join(f" {key}=…" for key in verb.keys)
+    lines = [f"usage: minisandbox {name}{word}{own}{' [--json]' if verb.json else ''} [group=choice key=value …]"]
+    lines += ["", verb.summary, ""]
+    if verb.keys:
+        lines += _columns([(f"{key}=…", sentence) for key, sentence in verb.keys.items()])
+    lines += _columns(COMMON)
+    lines += ["", f"`minisandbox {name} --help` prints every key with its default."]
+    return "\n".join(lines)
+
+
+def long_help(name: str, verb: Verb) -> str:
+    """`minisandbox VERB --help`: the short one, then the configuration tree."""
+    root = config_directory()
+    lines = [*short_help(name, verb).splitlines()[:-2], "", "keys:"]
+    for key in keys(root / "config.yaml"):
+        lines += _entry(f"{key.name}={key.default}", key.sentence)
+    for group, choices in groups().items():
+        for choice in choices:
+            path = root / group / f"{choice}.yaml"
+            lines += ["", f"{group}={choice}" if len(choices) > 1 else f"{group}:", *_wrap(headline(path), 2)]
+            for key in keys(path):
+                if key.name not in ("name", "kind"):
+                    lines += _entry(f"{group}.{key.name}={key.default}", key.sentence)
+    return "\n".join(lines)
+
+
+def _columns(rows: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> list[str]:
+    return [f"  {left:34} {right}" for left, right in rows]
+
+
+def _entry(head: str, sentence: str) -> list[str]:
+    return [f"  {head}", *_wrap(sentence, 6)]
+
+
+def _wrap(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)

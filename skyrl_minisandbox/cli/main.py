@@ -1,0 +1,166 @@
+"""Entry point: find the verb, run it, say what went wrong. Imports nothing heavy before a verb is known."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import NamedTuple
+
+from skyrl_minisandbox.errors import InputError, MiniSandboxError
+
+INTERRUPTED = 130
+
+
+class Verb(NamedTuple):
+    """What the command line must know of a verb before importing it.
+
+    summary: one line for `minisandbox -h`. words: the sub-verbs, if it has any.
+    keys: keys that only this verb knows, with a sentence each; all others are the configuration's.
+    json: it prints data, and knows `--json`.
+    """
+
+    summary: str
+    words: tuple[str, ...] = ()
+    keys: Mapping[str, str] = {}
+    json: bool = False
+
+
+VERBS: dict[str, Verb] = {
+    "doctor": Verb("what works on this machine, and what mends what does not", json=True),
+    "tasks": Verb(
+        "the tasks of a dataset",
+        words=("list", "show"),
+        keys={"task": "the id of the task to show"},
+        json=True,
+    ),
+    "image": Verb(
+        "build the images of the tasks; list and show what is in the store",
+        words=("build", "ls", "show"),
+        keys={"task": "the id of the task whose image to show"},
+        json=True,
+    ),
+    "validate": Verb("check that tasks judge: empty fails, gold passes, it repeats, no future in it", json=True),
+    "rollout": Verb("run a scaffold on tasks and grade what it leaves"),
+    "grade": Verb(
+        "run the tests on finished patches",
+        keys={"predictions": "JSONL or JSON file in SWE-bench's format: instance_id, model_patch"},
+        json=True,
+    ),
+    "shell": Verb(
+        "a shell in a sandbox of a task's image",
+        keys={"task": "the id of the task", "command": "run this instead of an interactive shell"},
+    ),
+}
+
+
+class Request(NamedTuple):
+    """A command line, taken apart.
+
+    word: the sub-verb, or "". own: the verb's own keys. overrides: the configuration's.
+    """
+
+    verb: str
+    word: str
+    own: Mapping[str, str]
+    overrides: tuple[str, ...]
+    json: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, 1 a result is not what was asked, 2 input, 3 machine, 130)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(arguments)
+    except MiniSandboxError as error:
+        print(f"minisandbox: {error.render()}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("minisandbox: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our stdout has seen enough; nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        from skyrl_minisandbox.cli.help import overview
+
+        print(overview(VERBS))
+        return 0 if arguments else InputError.exit_code
+    if arguments[0] in ("-V", "--version"):
+        from skyrl_minisandbox import __version__
+
+        print(f"minisandbox {__version__}")
+        return 0
+    name = arguments.pop(0)
+    if name not in VERBS:
+        raise InputError(f"unknown verb `{name}`", hint=f"minisandbox VERB …; verbs: {', '.join(VERBS)}")
+    if any(one in ("-h", "--help") for one in arguments):
+        from skyrl_minisandbox.cli.help import long_help, short_help
+
+        print(long_help(name, VERBS[name]) if "--help" in arguments else short_help(name, VERBS[name]))
+        return 0
+    request = read(name, arguments)
+    if sys.platform != "linux" and name != "tasks":
+        from skyrl_minisandbox.errors import MachineError
+
+        raise MachineError("sandboxes need Linux", hint="run it on a Linux machine; `minisandbox tasks` works here")
+    _end_on_signals()
+    module = importlib.import_module(f"skyrl_minisandbox.cli.{name}")
+    code: int = module.run(request)
+    return code
+
+
+def read(name: str, arguments: Sequence[str]) -> Request:
+    """Take the arguments of a verb apart. Raises `InputError`."""
+    verb = VERBS[name]
+    rest = list(arguments)
+    word = ""
+    if verb.words:
+        if not rest or rest[0] not in verb.words:
+            said = f"`{rest[0]}`" if rest else "nothing"
+            raise InputError(
+                f"minisandbox {name}: expected one of {', '.join(verb.words)}, got {said}",
+                hint=f"minisandbox {name} {verb.words[0]}",
+            )
+        word = rest.pop(0)
+    own: dict[str, str] = {}
+    overrides = []
+    for one in rest:
+        key, equals, value = one.partition("=")
+        if one == "--json" and verb.json:
+            continue
+        if one.startswith("-"):
+            known = "--json, -h, --help" if verb.json else "-h, --help"
+            raise InputError(f"minisandbox {name}: unknown option `{one}`", hint=f"options: {known}")
+        if equals and key in verb.keys:
+            own[key] = value
+        else:
+            overrides.append(one)
+    return Request(name, word, own, tuple(overrides), "--json" in rest)
+
+
+def _end_on_signals() -> None:
+    """SIGINT and SIGTERM end the command in order; a second one ends the process at once.
+
+    What that leaves (nothing may run what we would have run) goes with the process: sandboxes hang on a socket
+    that the kernel closes.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's `&` want it
+            signal.signal(number, end)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
