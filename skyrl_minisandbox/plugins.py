@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from skyrl_minisandbox.errors import PluginError
+from skyrl_minisandbox.errors import InputError, PluginError
 
 
 def load_plugin(kind: str, name: str, known: Mapping[str, str], *, export: str) -> Any:
@@ -43,3 +44,27 @@ def load_plugin(kind: str, name: str, known: Mapping[str, str], *, export: str) 
             f"{kind} `{name}`: `{module_name}` has no `{attribute}`",
             hint=f"it must define `{attribute}`, {export}",
         ) from None
+
+
+def make_plugin(kind: str, name: str, factory: Any, config: Mapping[str, Any]) -> Any:
+    """Call `factory` with `config` as keyword arguments.
+
+    Raises `InputError` that lists the keys it knows, for one that it does not know or lacks.
+    """
+    parameters = inspect.signature(factory).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        for key in config:
+            if key not in known:
+                raise InputError(
+                    f"{kind} `{name}` has no key `{key}`; known: {', '.join(sorted(known)) or 'none'}",
+                    hint=f"name one of these, or leave `{kind}.{key}` out",
+                )
+    for parameter in parameters:
+        needed = parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY
+        if needed and config.get(parameter.name) is None:
+            raise InputError(
+                f"{kind} `{name}` needs the key `{parameter.name}`",
+                hint=f"set `{kind}.{parameter.name}=...`",
+            )
+    return factory(**config)

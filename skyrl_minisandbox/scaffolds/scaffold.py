@@ -42,5 +42,14 @@ class Scaffold:
         """Work on the task until it submits, and return what it leaves.
 
         Whatever the agent does inside is no exception; an exception from here is a fault of the scaffold.
+        `PolicyStopped` out of `policy.query` may pass through, or be answered by returning what there is so
+        far with its `ended_by`; nothing may be asked of the policy after it.
         """
         raise NotImplementedError
+
+
+def whole(task: PublicTask | Task) -> Task:
+    """The whole task, for privileged scaffolds. Raises `TypeError` where only the public part was given."""
+    if not isinstance(task, Task):
+        raise TypeError(f"a privileged scaffold was given the public part of task `{task.id}`")
+    return task

@@ -1,0 +1,171 @@
+"""The scaffold turned inside out: its queries become observations, the trainer's texts their answers.
+
+Two threads meet here. The scaffold's thread calls `query` and blocks until a text comes; the rollout's side
+calls `first` once and then `answer` per text, and blocks until the scaffold asks again or ends:
+
+    scaffold thread                    rollout side
+    query(messages) ───── added ─────> first(timeout)
+         ^ ─────────────── text ────── answer(text, timeout)
+         │ ... commands run ...              │ waits
+    query(messages) ───── added ───────────> returns
+    end()           ───── None ────────────> returns None
+
+One condition variable holds all of it; nobody polls, and every wait has a deadline on the monotonic clock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from skyrl_minisandbox.errors import PolicyError
+from skyrl_minisandbox.policies.policy import Message, PolicyStopped
+from skyrl_minisandbox.record import EndedBy
+
+PATIENCE = 6 * 3600.0
+"""Seconds that a scaffold waits for a text. Trainers pause for evaluation and checkpoints; a driver that is
+gone is noticed by its lease long before."""
+
+
+class InvertedPolicy:
+    """The policy that `env.step` feeds.
+
+    patience: seconds that `query` waits for a text before it raises `PolicyError`.
+    history_divergence: messages that the scaffold removed or rewrote, or answers that it did not keep,
+        since they stay in the trainer's stream.
+    turns: texts that were handed to the scaffold.
+    """
+
+    def __init__(self, *, patience: float = PATIENCE) -> None:
+        self.patience = patience
+        self.history_divergence = 0
+        self.turns = 0
+        self._changed = threading.Condition()  # guards everything below
+        self._seen: list[Message] = []  # the scaffold's history as of its last query, and our answer
+        self._added: list[Message] | None = None  # what it asks with, until it is answered
+        self._text: str | None = None  # handed over, not yet taken
+        self._stopped: EndedBy | None = None
+        self._ended = False
+
+    # -- the scaffold's side ----------------------------------------------------------------------
+
+    def query(self, messages: list[Message]) -> str:
+        """Hand out what is new in `messages` and block until a text comes.
+
+        Raises `PolicyStopped` once the rollout has ended, `PolicyError` when nobody answers.
+        """
+        history = [{"role": m["role"], "content": m["content"]} for m in messages]
+        with self._changed:
+            self._raise_if_stopped()
+            self._added, lost = compare(self._seen, history)
+            self.history_divergence += lost
+            self._changed.notify_all()
+            answered = self._wait(lambda: self._text is not None or self._stopped is not None, self.patience)
+            self._raise_if_stopped()
+            if not answered or self._text is None:
+                self._added = None
+                raise PolicyError(
+                    f"no text came for the scaffold within {self.patience:.0f} s",
+                    hint="the driver that calls env.step is gone or paused; close the rollout",
+                )
+            text, self._text = self._text, None
+            self.turns += 1
+            self._seen = [*history, {"role": "assistant", "content": text}]
+            return text
+
+    def end(self) -> None:
+        """The scaffold's run is over, however it went. Called by the thread that ran it, last of all."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    # -- the rollout's side -----------------------------------------------------------------------
+
+    def first(self, timeout: float | None = None) -> list[Message] | None:
+        """Wait for the scaffold's first query; its messages, or None when it ended without asking.
+
+        timeout: seconds, None for as long as it takes. Raises `TimeoutError`.
+        """
+        with self._changed:
+            return self._next(timeout)
+
+    def answer(self, text: str, timeout: float | None = None) -> list[Message] | None:
+        """Hand `text` to the scaffold and wait for what it adds before its next query.
+
+        Returns messages without the answer itself (an empty list when it asks again with nothing new), or
+        None when the scaffold ended. Raises `TimeoutError` when it does neither within `timeout` seconds:
+        it goes on in its thread then, and waiting again is `first`.
+        """
+        with self._changed:
+            if not self._over():
+                if self._added is None:
+                    raise RuntimeError("`answer` without a query that waits for it")
+                self._added = None
+                self._text = text
+                self._changed.notify_all()
+            return self._next(timeout)
+
+    def stop(self, ended_by: EndedBy = EndedBy.TURN_LIMIT) -> None:
+        """Unwind the scaffold: its present or next `query` raises `PolicyStopped(ended_by)`.
+
+        Idempotent (the first reason stands), from any thread. A scaffold that is in a command is not
+        interrupted by this; closing its sandbox does that.
+        """
+        with self._changed:
+            if self._stopped is None:
+                self._stopped = ended_by
+            self._added = None
+            self._text = None
+            self._changed.notify_all()
+
+    def wait_ended(self, timeout: float | None = None) -> bool:
+        """Wait until the scaffold's run is over; False when it is not within `timeout` seconds."""
+        with self._changed:
+            return self._wait(lambda: self._ended, timeout)
+
+    # -- below the lock ---------------------------------------------------------------------------
+
+    def _over(self) -> bool:
+        return self._ended or self._stopped is not None
+
+    def _next(self, timeout: float | None) -> list[Message] | None:
+        if not self._wait(lambda: self._added is not None or self._over(), timeout):
+            raise TimeoutError(f"the scaffold neither asked nor ended within {timeout} s")
+        return None if self._over() else self._added
+
+    def _raise_if_stopped(self) -> None:
+        if self._stopped is not None:
+            raise PolicyStopped(self._stopped)
+
+    def _wait(self, predicate: Callable[[], bool], timeout: float | None) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not predicate():
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return False
+            self._changed.wait(remaining)
+        return True
+
+
+def compare(seen: list[Message], history: list[Message]) -> tuple[list[Message], int]:
+    """What `history` adds to `seen`, and how many of `seen` it lost.
+
+    seen: the last query's messages followed by the answer to it (or empty).
+    Returns the messages for the trainer, whose stream holds all of `seen` already: neither the answer nor
+    any other assistant message is among them, as a trainer can only take those from its own model.
+    """
+    common = 0
+    while common < min(len(seen), len(history)) and seen[common] == history[common]:
+        common += 1
+    if common == len(seen):
+        return [m for m in history[common:] if m["role"] != "assistant"], 0
+    # Something was lost. What counts as new begins after the last message that both have.
+    lost, start, position = 0, common, common
+    for message in seen[common:]:
+        try:
+            position = history.index(message, position) + 1
+            start = position
+        except ValueError:
+            lost += 1
+    return [m for m in history[start:] if m["role"] != "assistant"], lost
