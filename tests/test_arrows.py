@@ -31,6 +31,7 @@ PLAIN: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "record": frozenset(),
     "plugins": frozenset({"errors"}),
+    "claims": frozenset(),
     "config": frozenset({"errors", "sandbox.spec"}),
     "tasks": frozenset({"errors", "record", "plugins", "config", "images.recipe", "images.sources"}),
 }

@@ -1,0 +1,463 @@
+"""One Node per machine, kept alive, and where each rollout goes.
+
+`LocalCluster` has one Node in this process. `RayCluster` has one actor per living Ray node: a new
+node gets its actor, one that died is dropped with its rollouts, at the next `open` after it.
+Placement: a node that has the image and a free slot, else the one with the most free slots; a rollout
+beyond all slots starts at once and is counted, because waiting inside SkyRL's bounded pool of env
+threads would deadlock it.
+
+Actors belong to the process that made them: they end with it, so an attached Ray keeps nothing of ours.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+from skyrl_minisandbox.claims import Claim, sweep
+from skyrl_minisandbox.config import EnvConfig
+from skyrl_minisandbox.errors import MachineError, MiniSandboxError, NodeError
+from skyrl_minisandbox.node import Node, NodeActor, NodeSetup, NodeStatus
+from skyrl_minisandbox.record import EndedBy
+from skyrl_minisandbox.rollout import CANCELLATION, RolloutRequest, Turn
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+NAMESPACE = "minisandbox"
+
+MARGIN = 60.0
+"""Seconds beyond a node's own deadlines before the driver gives it up: the way there, a busy machine."""
+
+NODE_START = 120.0
+"""Seconds that a node's actor has to come up."""
+
+REFRESH = 10.0
+"""Seconds between looks at Ray's list of nodes; a lost node is noticed by its calls at once."""
+
+OBJECT_STORE = 80 << 20
+"""Bytes of our own Ray's object store; Ray refuses less than 75 MiB, and our messages do not use it."""
+
+SOCKET_PATH = 107
+RAY_TAIL = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+"""A unix socket's path has at most 107 bytes (unix(7)); Ray puts this much below its temporary directory."""
+
+
+class Handle(Protocol):
+    """A node as the driver sees it: `Node` itself, or an actor."""
+
+    def open(self, request: RolloutRequest) -> Future[Turn]: ...
+    def step(self, rollout_id: str, text: str) -> Future[Turn]: ...
+    def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Future[Turn | None]: ...
+
+
+@dataclasses.dataclass
+class Place:
+    """What the driver knows of one node. images: recipe digests of what it has checked out."""
+
+    name: str
+    slots: int
+    handle: Handle
+    rollouts: set[str] = dataclasses.field(default_factory=set)
+    images: set[str] = dataclasses.field(default_factory=set)
+    alive: bool = True
+
+    @property
+    def free(self) -> int:
+        return self.slots - len(self.rollouts)
+
+
+class Cluster(abc.ABC):
+    """All nodes. Thread-safe; verbs block, each with a deadline.
+
+    oversubscribed: rollouts that were started beyond the slots.
+    """
+
+    def __init__(self) -> None:
+        self.oversubscribed = 0
+        self._lock = threading.Lock()  # guards what is below
+        self._places: list[Place] = []
+        self._rollouts: dict[str, tuple[Place, RolloutRequest]] = {}
+
+    @property
+    def slots(self) -> int:
+        """Rollouts that all nodes together should run at once."""
+        with self._lock:
+            return sum(place.slots for place in self._places if place.alive)
+
+    def open(self, request: RolloutRequest, *, avoid: frozenset[str] = frozenset()) -> Turn:
+        """Place a rollout and run it to its first question. `avoid`: names of nodes, where there are others.
+
+        Raises `NodeError` when the node is lost or does not answer in time.
+        """
+        self._update()
+        image = request.task.recipe.digest()
+        with self._lock:
+            place = choose([p for p in self._places if p.alive], image, avoid)
+            if place.free <= 0:
+                self.oversubscribed += 1
+            place.rollouts.add(request.rollout_id)
+            self._rollouts[request.rollout_id] = (place, request)
+        bounds = request.bounds
+        turn = self._wait(
+            request.rollout_id, lambda: place.handle.open(request), bounds.setup + bounds.step + CANCELLATION
+        )
+        place.images.add(image)
+        return turn
+
+    def step(self, rollout_id: str, text: str) -> Turn:
+        """Answer a rollout. Raises `NodeError` when its node is lost or does not answer in time."""
+        place, request = self._placed(rollout_id)
+        return self._wait(
+            rollout_id,
+            lambda: place.handle.step(rollout_id, text),
+            request.bounds.step + _ending(request),
+        )
+
+    def close(self, rollout_id: str, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Turn | None:
+        """End a rollout, graded or given up (None). Idempotent."""
+        with self._lock:
+            placed = self._rollouts.get(rollout_id)
+        if placed is None:
+            return None
+        place, request = placed
+        try:
+            return self._wait(
+                rollout_id, lambda: place.handle.close(rollout_id, grade, ended_by), _ending(request)
+            )
+        finally:
+            self._forget(rollout_id)
+
+    @abc.abstractmethod
+    def status(self) -> list[NodeStatus]:
+        """A snapshot of each node."""
+
+    @abc.abstractmethod
+    def shutdown(self) -> None:
+        """End every rollout, worker and, if it is ours, Ray. Idempotent."""
+
+    @abc.abstractmethod
+    def _update(self) -> None:
+        """Make the places those of the living nodes."""
+
+    @abc.abstractmethod
+    def _lost(self, place: Place) -> None:
+        """A call found the node dead."""
+
+    def _placed(self, rollout_id: str) -> tuple[Place, RolloutRequest]:
+        with self._lock:
+            if rollout_id not in self._rollouts:
+                raise NodeError(f"rollout {rollout_id} is not open")
+            return self._rollouts[rollout_id]
+
+    def _wait(self, rollout_id: str, call: Callable[[], Future[T]], seconds: float) -> T:
+        """The call's result; whatever ends the rollout also ends our record of it."""
+        place, _ = self._placed(rollout_id)
+        try:
+            turn = call().result(seconds + MARGIN)
+            if isinstance(turn, MiniSandboxError):
+                raise turn
+        except MiniSandboxError:
+            self._forget(rollout_id)
+            raise
+        except TimeoutError:
+            self._forget(rollout_id)
+            place.handle.close(rollout_id, False, EndedBy.ERROR)  # it ends there whenever it can
+            raise NodeError(
+                f"node {place.name} did not answer for rollout {rollout_id} within {seconds + MARGIN:g} s"
+            ) from None
+        except Exception as error:
+            if not is_ray_error(error):
+                raise
+            self._forget(rollout_id)
+            place.alive = False
+            self._lost(place)
+            raise NodeError(f"node {place.name} is lost: {str(error).splitlines()[0]}") from error
+        if isinstance(turn, Turn) and turn.done:
+            self._forget(rollout_id)
+        return turn
+
+    def _forget(self, rollout_id: str) -> None:
+        with self._lock:
+            placed = self._rollouts.pop(rollout_id, None)
+            if placed is not None:
+                placed[0].rollouts.discard(rollout_id)
+
+
+def choose(places: list[Place], image: str, avoid: frozenset[str]) -> Place:
+    """Where a rollout goes. Raises `NodeError` when there is no node at all."""
+    if not places:
+        raise NodeError("no node is alive", hint="ray status")
+    candidates = [place for place in places if place.name not in avoid] or places
+    warm = [place for place in candidates if image in place.images and place.free > 0]
+    return max(warm or candidates, key=lambda place: place.free)
+
+
+def connect(config: EnvConfig) -> Cluster:
+    """The cluster of `config.cluster`. What a crashed run of this machine left is removed first."""
+    for path in sweep(Path(config.images.cache)):
+        logger.warning("removed what a run that crashed had left: %s", path)
+    return LocalCluster(config) if config.cluster.kind == "local" else RayCluster(config)
+
+
+class LocalCluster(Cluster):
+    """One Node in this process, without Ray."""
+
+    def __init__(self, config: EnvConfig) -> None:
+        super().__init__()
+        self._node = Node(_setup(config, os.uname().nodename))
+        self._places.append(Place(self._node.setup.name, self._node.slots, self._node))
+
+    def status(self) -> list[NodeStatus]:
+        return [self._node.status()]
+
+    def shutdown(self) -> None:
+        self._node.shutdown()
+
+    def _update(self) -> None:
+        pass  # this process lives, so its Node does
+
+    def _lost(self, place: Place) -> None:
+        pass  # never: without Ray nothing says so
+
+
+class RayCluster(Cluster):
+    """One actor per living Ray node."""
+
+    def __init__(self, config: EnvConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._ray = RayConnection(config)
+        self._updating = threading.Lock()  # one look at the nodes at a time
+        self._looked = -REFRESH
+        try:
+            self._update()
+        except BaseException:
+            self._ray.close()
+            raise
+
+    def status(self) -> list[NodeStatus]:
+        import ray
+
+        with self._lock:
+            handles = [cast(RayNode, place.handle) for place in self._places if place.alive]
+        found: list[NodeStatus] = ray.get(
+            [handle.actor.status.remote() for handle in handles], timeout=MARGIN
+        )
+        return found
+
+    def shutdown(self) -> None:
+        import ray
+
+        with self._lock:
+            places, self._places = self._places, []
+        if ray.is_initialized():
+            handles = [cast(RayNode, place.handle) for place in places if place.alive]
+            ray.wait(
+                [handle.actor.shutdown.remote() for handle in handles],
+                num_returns=len(handles),
+                timeout=MARGIN,
+            ) if handles else None
+            for handle in handles:
+                ray.kill(handle.actor)
+        self._ray.close()
+
+    def _lost(self, place: Place) -> None:
+        logger.error("node %s is lost with %d rollouts", place.name, len(place.rollouts))
+        self._looked = -REFRESH
+
+    def _update(self) -> None:
+        """One idempotent pass: a place for each living node, none for the others."""
+        import ray
+
+        with self._updating:
+            if time.monotonic() - self._looked < REFRESH:
+                return
+            living = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+            here = ray.get_runtime_context().get_node_id()
+            order = sorted(living, key=lambda node_id: (node_id != here, node_id))
+            wanted = order[: self._config.cluster.nodes or None]
+            with self._lock:
+                kept = [p for p in self._places if p.alive and cast(RayNode, p.handle).node_id in wanted]
+            known = {cast(RayNode, place.handle).node_id for place in kept}
+            made = [self._start(living[node_id]) for node_id in wanted if node_id not in known]
+            started = [place for place in map(self._started, made) if place is not None]
+            with self._lock:
+                self._places = kept + started
+            self._looked = time.monotonic()
+
+    def _start(self, node: dict[str, Any]) -> RayNode:
+        """Get or create the actor pinned to this node; by name, so that all processes of a job share it."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        node_id: str = node["NodeID"]
+        setup = _setup(self._config, f"{node['NodeManagerHostname']}-{node_id[:6]}")
+        job = ray.get_runtime_context().get_job_id()
+        which = hashlib.sha256(repr(setup).encode()).hexdigest()[:8]
+        actor = (
+            ray.remote(NodeActor)
+            .options(
+                name=f"node-{node_id[:12]}-{job}-{which}",
+                namespace=NAMESPACE,
+                get_if_exists=True,
+                num_cpus=0,
+                max_concurrency=10_000,  # calls wait for sandboxes, they do not compute
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+            )
+            .remote(setup)
+        )
+        return RayNode(setup.name, node_id, actor)
+
+    def _started(self, node: RayNode) -> Place | None:
+        import ray
+
+        try:
+            status: NodeStatus = ray.get(node.actor.status.remote(), timeout=NODE_START)
+        except Exception as error:
+            logger.error("node %s does not start: %s", node.name, error)
+            return None
+        return Place(node.name, status.slots, node)
+
+
+@dataclasses.dataclass(frozen=True)
+class RayNode:
+    """The driver's end of a `NodeActor`."""
+
+    name: str
+    node_id: str
+    actor: Any
+
+    def open(self, request: RolloutRequest) -> Future[Turn]:
+        return cast("Future[Turn]", self.actor.open.remote(request).future())
+
+    def step(self, rollout_id: str, text: str) -> Future[Turn]:
+        return cast("Future[Turn]", self.actor.step.remote(rollout_id, text).future())
+
+    def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Future[Turn | None]:
+        return cast("Future[Turn | None]", self.actor.close.remote(rollout_id, grade, ended_by).future())
+
+
+class RayConnection:
+    """A Ray to work with: the one we are in, the one at an address, or one of our own.
+
+    Our own starts in a thread that lives as long as it does: Ray's processes get PR_SET_PDEATHSIG, which
+    follows the *thread* that started them, and env threads end before the run does.
+    """
+
+    def __init__(self, config: EnvConfig) -> None:
+        import ray
+
+        self._claim: Claim | None = None
+        self._ours = not ray.is_initialized()
+        self._closing = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._saved: dict[str, str | None] = {}
+        if not self._ours:
+            return
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+        options = {"address": address} if address else self._own(config)
+        started: Future[None] = Future()
+        self._keeper = threading.Thread(target=self._keep, args=(options, started), name="ray", daemon=True)
+        self._keeper.start()
+        try:
+            started.result()
+        except Exception as error:
+            self.close()
+            raise MachineError(
+                f"Ray does not start: {error}", hint="minisandbox rollout cluster=local runs without Ray"
+            ) from error
+
+    def _own(self, config: EnvConfig) -> dict[str, Any]:
+        """Options for a small and quiet Ray of our own, all of it below one claimed directory."""
+        cache = Path(config.images.cache)
+        parent: Path | None = Path(config.out) if config.out else cache / "runs"
+        if len(f"{parent}/ray-12345678") + RAY_TAIL > SOCKET_PATH:
+            parent = None  # the system's temporary directory; the claim finds it again
+        self._claim = Claim(cache, parent, "ray-" if parent is not None else "minisandbox-")
+        self._set("RAY_USAGE_STATS_ENABLED", "0")
+        if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
+            # Else Ray (2.60) writes a token of its own into ~/.ray
+            self._set("RAY_AUTH_MODE", "token")
+            self._set("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        return {
+            "address": "local",
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+            "_temp_dir": str(self._claim.path),
+        }
+
+    def _keep(self, options: dict[str, Any], started: Future[None]) -> None:
+        import ray
+
+        try:
+            ray.init(
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level=logging.ERROR,
+                **options,
+            )
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        self._closing.wait()
+
+    def close(self) -> None:
+        """End or leave the Ray that we started or joined. Idempotent."""
+        import ray
+
+        if self._ours and ray.is_initialized():
+            ray.shutdown()
+        self._closing.set()
+        if self._keeper is not None:
+            self._keeper.join(MARGIN)
+        for name, value in self._saved.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        self._saved.clear()
+        if self._claim is not None:
+            self._claim.release()
+        self._ours = False
+
+    def _set(self, name: str, value: str) -> None:
+        self._saved[name] = os.environ.get(name)
+        os.environ[name] = value
+
+
+def is_ray_error(error: BaseException) -> bool:
+    """Whether Ray lost what we asked (dead actor, dead node), without importing Ray where it is not used."""
+    exceptions = sys.modules.get("ray.exceptions")
+    return exceptions is not None and isinstance(error, exceptions.RayError)
+
+
+def _ending(request: RolloutRequest) -> float:
+    """Seconds that a node may take to end and grade a rollout."""
+    return request.task.tests.timeout + request.bounds.grade + 2 * CANCELLATION
+
+
+def _setup(config: EnvConfig, name: str) -> NodeSetup:
+    return NodeSetup(
+        name=name,
+        store=config.images.store,
+        cache=config.images.cache,
+        workers=config.cluster.workers,
+        slots=config.cluster.slots,
+        out=config.out,
+        sys_path=tuple(os.path.abspath(path) for path in sys.path),
+    )

@@ -1,0 +1,310 @@
+"""MiniSandboxEnv, the skyrl_gym Env registered as `minisandbox`. Thin: everything heavy is on a node.
+
+SkyRL makes it on its event loop and calls `init`, `step` and `close` in a bounded pool of threads, without
+any time limit of its own; an exception from one of them fails the whole training step. So the constructor
+only reads the config, nothing after it raises, and every wait has a deadline.
+
+With SkyRL's own generator a failed row cannot be masked out of the loss: its reward slot must hold a number
+and gets 0.0. That is said once and counted (`infra_error_mean`); `metadata["record"]` keeps `reward: None`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import re
+import threading
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import skyrl_gym
+from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+
+from skyrl_minisandbox.cluster import Cluster, connect
+from skyrl_minisandbox.config import EnvConfig, make_config
+from skyrl_minisandbox.errors import MiniSandboxError, TaskError
+from skyrl_minisandbox.policies.policy import Message
+from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
+from skyrl_minisandbox.rollout import Finished, RolloutRequest, Turn, one_line
+from skyrl_minisandbox.tasks.task import Task
+
+logger = logging.getLogger(__name__)
+
+ENV_ID = "minisandbox"
+
+_SPECIAL = re.compile(
+    r"(?:\s*(?:<\|[A-Za-z_]+\|>|<\uff5cend\u2581of\u2581sentence\uff5c>|</s>|<eos>|<end_of_turn>|\[EOS\]))+\s*\Z"
+)
+"""Special tokens at the end of a text: SkyRL's client decodes with them (facts of skyrl 0.3 to 0.4)."""
+
+
+class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no type information
+    """One rollout.
+
+    env_config: an `EnvConfig`, or a DictConfig, dataclass or dict with its keys.
+    extras: `task`, a Task as JSON text, dict or Task; or `task_id`, looked up in the config's tasks.
+        `max_turns`: answers before the episode is ended and graded; SkyRL sets it. `node`: not on this
+        node where there are others (a retry).
+
+    Raises `InputError` here and nowhere later, for a config that cannot be.
+    """
+
+    def __init__(self, env_config: Any = None, extras: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config = make_config(env_config)
+        self.extras = dict(extras or {})
+        self.max_turns = int(self.extras.get("max_turns") or self.config.rollout.turns)
+        self.task: Task | None = None
+        self.rollout_id = ""
+        self.finished: Finished | None = None
+        self._cluster: Cluster | None = None
+        self._closed = False
+
+    # -- what SkyRL calls -------------------------------------------------------------------------
+
+    def init(self, prompt: list[Message]) -> tuple[list[Message], dict[str, Any]]:
+        """Open the rollout; the scaffold's first messages.
+
+        Where the scaffold asks nothing (`gold`), or the rollout could not be opened, these are `prompt`,
+        else the problem statement, and the first `step` ends the episode.
+        """
+        try:
+            self.task = find_task(self.config, self.extras)
+            self.rollout_id = f"{self.task.id}.{uuid.uuid4().hex[:12]}"
+            self._cluster = shared_cluster(self.config)
+            avoid = frozenset(filter(None, [self.extras.get("node")]))
+            turn = self._cluster.open(self._request(self.task), avoid=avoid)
+        except Exception as error:
+            turn = self._failed(error)
+        self.finished = turn.finished
+        statement = self.task.problem_statement if self.task is not None else ""
+        messages = turn.messages or list(prompt or []) or [{"role": "user", "content": statement}]
+        return messages, self._metadata()
+
+    def step(self, action: str) -> BaseTextEnvStepOutput:
+        """Hand the model's text over; the scaffold's next messages, or the end with its reward.
+
+        `metadata` at the end: `record` (the line of results.jsonl), `patch`, `tests`, `log`, `trajectory`.
+        """
+        self.turns += 1
+        if self.finished is None:
+            try:
+                if self._cluster is None or self._closed:
+                    raise MiniSandboxError("step was called on an episode that is not open")
+                turn = self._cluster.step(self.rollout_id, strip_special_tokens(action))
+            except Exception as error:
+                turn = self._failed(error)
+            self.finished = turn.finished
+            if turn.finished is None:
+                return BaseTextEnvStepOutput(
+                    observations=turn.messages, reward=0.0, done=False, metadata=self._metadata()
+                )
+        return BaseTextEnvStepOutput(
+            observations=[], reward=self._reward(), done=True, metadata=self._metadata()
+        )
+
+    def close(self) -> None:
+        """Give the episode up if it is not finished. Idempotent."""
+        self._end(grade=False)
+        self._closed = True
+
+    def get_metrics(self) -> dict[str, float]:
+        """Figures of this episode. Their names end in how they go together; SkyRL sums any others."""
+        if self.finished is None:
+            return {}
+        record = self.finished.record
+        ours = record.outcome is Outcome.INFRA_ERROR
+        metrics = {
+            "infra_error_mean": float(ours),
+            "turns_mean": float(record.turns),
+            "history_divergence_mean": float(self.finished.history_divergence),
+        }
+        if not ours:  # a rollout that did not run says nothing about the model
+            metrics["resolved_mean"] = float(record.outcome is Outcome.RESOLVED)
+            metrics["tampered_mean"] = float(record.outcome is Outcome.TAMPERED)
+            metrics["agent_error_mean"] = float(record.ended_by is EndedBy.ERROR)
+        for stage, seconds in vars(record.seconds).items():
+            metrics[f"{stage}_seconds_mean"] = seconds
+            metrics[f"{stage}_seconds_max"] = seconds
+        return metrics
+
+    @staticmethod
+    def aggregate_metrics(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+        """Means of `_mean`, greatest of `_max`, each over the episodes that have it."""
+        together: dict[str, Any] = {}
+        for name in sorted({name for episode in metrics for name in episode}):
+            values = [episode[name] for episode in metrics if name in episode]
+            together[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+        return together
+
+    # -- for our own generator and command --------------------------------------------------------
+
+    def finish(self, ended_by: EndedBy = EndedBy.LENGTH) -> Finished | None:
+        """End now and grade: the context is full, say. None where nothing was open. Never raises."""
+        self._end(grade=True, ended_by=ended_by)
+        return self.finished
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _request(self, task: Task) -> RolloutRequest:
+        config = self.config
+        return RolloutRequest(
+            rollout_id=self.rollout_id,
+            task=task,
+            scaffold=config.scaffold,
+            reward=config.reward.name,
+            grading=config.grading,
+            limits=config.sandbox.limits(),
+            allow_degraded=tuple(config.sandbox.allow_degraded),
+            bounds=config.rollout,
+            max_turns=self.max_turns,
+        )
+
+    def _end(self, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> None:
+        if self.finished is not None or self._cluster is None or self._closed:
+            return
+        try:
+            turn = self._cluster.close(self.rollout_id, grade=grade, ended_by=ended_by)
+        except Exception as error:
+            turn = self._failed(error)
+        if turn is not None:
+            self.finished = turn.finished
+
+    def _failed(self, error: Exception) -> Turn:
+        """A finished turn for what never ran properly: no number."""
+        if not isinstance(error, MiniSandboxError):
+            logger.error("rollout %s: %r", self.rollout_id, error, exc_info=error)
+        record = RolloutRecord(
+            rollout_id=self.rollout_id or f"unknown.{uuid.uuid4().hex[:12]}",
+            task_id=self.task.id if self.task is not None else str(self.extras.get("task_id", "")),
+            outcome=Outcome.INFRA_ERROR,
+            ended_by=EndedBy.ERROR,
+            reward=None,
+            turns=self.turns,
+            seconds=Seconds(),
+            node="",
+            error=one_line(error),
+        )
+        return Turn([], Finished(record))
+
+    def _reward(self) -> float:
+        """The number for SkyRL's slot, which cannot be empty."""
+        assert self.finished is not None
+        record = self.finished.record
+        if record.reward is not None:
+            return record.reward
+        _warn_unmasked(record)
+        return 0.0
+
+    def _metadata(self) -> dict[str, Any]:
+        known: dict[str, Any] = {"rollout_id": self.rollout_id, "turns": self.turns}
+        if self.finished is not None:
+            known |= {name: value for name, value in vars(self.finished).items() if name != "record"}
+            known["record"] = self.finished.record.to_json()
+            known["infra_error"] = self.finished.record.outcome is Outcome.INFRA_ERROR
+        return known
+
+
+def strip_special_tokens(text: str) -> str:
+    """The text without the special tokens at its end."""
+    return _SPECIAL.sub("", text)
+
+
+def register() -> None:
+    """Make the Env known to skyrl_gym, in this process. Calling it again changes nothing."""
+    if ENV_ID not in skyrl_gym.registry:
+        skyrl_gym.register(id=ENV_ID, entry_point="skyrl_minisandbox.env:MiniSandboxEnv")
+
+
+# -- shared by the envs of this process -----------------------------------------------------------
+
+_lock = threading.Lock()  # guards the three below
+_clusters: dict[str, Cluster] = {}
+_tasks: dict[tuple[str, str], Task] = {}
+_unmasked = 0
+
+
+def shared_cluster(config: EnvConfig) -> Cluster:
+    """The cluster of this process for this config, connected at the first call.
+
+    Raises `MachineError` when Ray or a node does not start.
+    """
+    key = repr((config.cluster, config.images, config.out))
+    with _lock:
+        if key not in _clusters:
+            _clusters[key] = connect(config)
+            atexit.register(shutdown)
+        return _clusters[key]
+
+
+def shutdown() -> None:
+    """End every rollout of this process, its nodes, and Ray where it is ours. Idempotent."""
+    with _lock:
+        clusters = list(_clusters.values())
+        _clusters.clear()
+    for cluster in clusters:
+        cluster.shutdown()
+
+
+def unmasked() -> int:
+    """How many failed rollouts got a 0.0 because their generator cannot mask them."""
+    return _unmasked
+
+
+def find_task(config: EnvConfig, extras: Mapping[str, Any]) -> Task:
+    """The row's task. Raises `TaskError` that names what is wrong with it."""
+    given = extras.get("task")
+    if isinstance(given, Task):
+        return given
+    if given is not None:
+        try:
+            return Task.model_validate(json.loads(given) if isinstance(given, str | bytes) else given)
+        except ValueError as error:
+            raise TaskError(
+                f"the row's `task` is no task: {error}", hint="minisandbox tasks export"
+            ) from error
+    task_id = extras.get("task_id")
+    if not task_id:
+        raise TaskError(
+            f"a row needs `task` or `task_id`; it has: {', '.join(sorted(extras)) or 'nothing'}",
+            hint="minisandbox tasks export writes such rows",
+        )
+    return _task_by_id(config, str(task_id))
+
+
+def _task_by_id(config: EnvConfig, task_id: str) -> Task:
+    from skyrl_minisandbox.images.sources import Sources
+    from skyrl_minisandbox.tasks import load_tasks
+
+    tasks = config.tasks
+    key = (repr(tasks), task_id)
+    with _lock:
+        if key not in _tasks:
+            found = load_tasks(
+                tasks.name,
+                ids=[task_id],
+                path=tasks.path or None,
+                repos=tasks.repos or None,
+                sources=Sources(Path(config.images.cache)),
+                base=tasks.base,
+                python=tasks.python or None,
+            )
+            _tasks[key] = found[0]
+        return _tasks[key]
+
+
+def _warn_unmasked(record: RolloutRecord) -> None:
+    global _unmasked
+    with _lock:
+        _unmasked += 1
+        first = _unmasked == 1
+    if first:
+        logger.warning(
+            "rollout %s failed for a reason of ours (%s). This generator cannot mask it: its reward slot gets "
+            "0.0. More of them are only counted, in `infra_error_mean`; our entry point masks them",
+            record.rollout_id,
+            record.error,
+        )

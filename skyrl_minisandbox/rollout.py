@@ -1,0 +1,445 @@
+"""One episode on a node: open, step, close, abort.
+
+The scaffold runs in a thread of its own and asks an `InvertedPolicy`; `step` answers it. How it ends:
+
+    the scaffold submits                      ended_by=submit      graded
+    it asks again after `max_turns` answers   ended_by=turn_limit  graded
+    a step, or all steps, take too long       ended_by=time        graded
+    the caller closes early (context is full) ended_by=length      graded when asked for
+    the scaffold raises                       ended_by=error       graded if there is a patch
+
+Fault: what a command inside can bring about is scored, never masked, or the policy learns to break
+its sandbox to escape a 0. What none can bring about (image, node, our own code before the first
+answer) is `infra_error`, whose reward is None. A sandbox that is gone is probed once: if a new one
+from the same image works, the agent ended its own; if not, the node is at fault.
+What the rule misses: a scaffold with a fault of its own that shows only after the first answer is
+scored as `agent_error`. That side was chosen because answers can provoke such faults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from skyrl_minisandbox.config import RolloutConfig, ScaffoldConfig
+from skyrl_minisandbox.errors import (
+    InputError,
+    MiniSandboxError,
+    NodeError,
+    SandboxError,
+    SandboxGone,
+    StoreError,
+)
+from skyrl_minisandbox.policies.inverted import InvertedPolicy
+from skyrl_minisandbox.policies.policy import Message, PolicyStopped
+from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
+from skyrl_minisandbox.sandbox.spec import Limits
+from skyrl_minisandbox.tasks.task import Task
+
+if TYPE_CHECKING:
+    from skyrl_minisandbox.images import Cache, Store
+    from skyrl_minisandbox.images.cache import Checkout
+    from skyrl_minisandbox.rewards import TestReport
+    from skyrl_minisandbox.sandbox import Sandbox
+    from skyrl_minisandbox.scaffolds.scaffold import Scaffold, Submission
+
+logger = logging.getLogger(__name__)
+
+CANCELLATION = 10.0
+"""Seconds that a scaffold's thread has to end once its sandbox is gone; after that its worker is given up."""
+
+LOG_KEPT = 256 << 10
+"""Characters of a test log that travel to the driver: the tail, where test runners put their summary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutRequest:
+    """All that a node must know to run one rollout. Plain data: it crosses processes and machines.
+
+    rollout_id: unique in the cluster for all time.
+    max_turns: answers before the end; 0: no bound.
+    """
+
+    rollout_id: str
+    task: Task
+    scaffold: ScaffoldConfig
+    reward: str = "binary"
+    grading: str = "protected"
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    allow_degraded: tuple[str, ...] = ()
+    bounds: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    max_turns: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What a rollout leaves.
+
+    patch: what was graded; empty when nothing was.
+    tests: test name -> verdict as the parser gives them. log: the tail of the tests' output.
+    trajectory: JSON-able; holds nothing of the hidden tests or the gold patch.
+    history_divergence: messages that the scaffold took back although the trainer keeps them.
+    """
+
+    record: RolloutRecord
+    patch: str = ""
+    tests: dict[str, str] = dataclasses.field(default_factory=dict)
+    log: str = ""
+    trajectory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    history_divergence: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What the policy is to answer next, or how the rollout finished.
+
+    messages: what the scaffold added since its last query; empty at first when it has ended unasked.
+    """
+
+    messages: list[Message]
+    finished: Finished | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.finished is not None
+
+
+class Rollout:
+    """One episode. `open`, `step`, `close` come one after the other; `abort` at any time, from any thread."""
+
+    def __init__(self, request: RolloutRequest, *, store: Store, cache: Cache, node: str) -> None:
+        self.request = request
+        self.stuck = False  # its scaffold ignored the cancellation: the worker cannot be trusted any more
+        self._store, self._cache, self._node = store, cache, node
+        self._serial = threading.Lock()  # one of open, step, close at a time
+        self._boxes = threading.Lock()  # guards _sandboxes and _aborted
+        self._sandboxes: list[Sandbox] = []
+        self._aborted = False
+        self._policy = InvertedPolicy(patience=request.bounds.idle)
+        self._ready = threading.Event()  # the sandbox is there, or will never be
+        self._checkout: Checkout | None = None
+        self._sandbox: Sandbox | None = None
+        self._submission: Submission | None = None
+        self._error: BaseException | None = None
+        self._seconds = Seconds()
+        self._conversation: list[Message] = []
+        self._turn: Turn | None = None  # the last one, once finished
+
+    # -- verbs ------------------------------------------------------------------------------------
+
+    def open(self) -> Turn:
+        """Check the image out, make the sandbox, run the scaffold up to its first question.
+
+        Never raises for a fault of the rollout: that is a finished Turn with `infra_error`.
+        """
+        with self._serial:
+            threading.Thread(target=self._work, name=self.request.rollout_id, daemon=True).start()
+            bounds = self.request.bounds
+            if not self._ready.wait(bounds.setup):
+                return self._fail(NodeError(f"checkout and sandbox took more than {bounds.setup:g} s"))
+            if self._sandbox is None:
+                return self._fail(self._error or NodeError("the rollout was given up while it was set up"))
+            started = time.monotonic()
+            try:
+                messages = self._policy.first(bounds.step)
+            except TimeoutError:
+                return self._fail(NodeError(f"the scaffold asked nothing for {bounds.step:g} s"))
+            self._seconds.agent += time.monotonic() - started
+            if messages is None and self._error is not None:
+                return self._fail(self._error)  # no answer was given yet, so no answer can be the cause
+            self._conversation += messages or []
+            return Turn(messages or [])
+
+    def step(self, text: str) -> Turn:
+        """Hand `text` to the scaffold; return what it asks next, or the graded end.
+
+        A scaffold that has ended without asking is graded now, whatever the text.
+        """
+        with self._serial:
+            if self._turn is not None:
+                return self._turn
+            bounds = self.request.bounds
+            started = time.monotonic()
+            try:
+                messages = self._policy.answer(text, min(bounds.step, bounds.time - self._seconds.agent))
+            except TimeoutError:
+                return self._finish(EndedBy.TIME)
+            finally:
+                self._seconds.agent += time.monotonic() - started
+                if self._policy.turns:
+                    self._conversation.append({"role": "assistant", "content": text})
+            if messages is None:
+                return self._finish(None)
+            self._conversation += messages
+            if self.request.max_turns and self._policy.turns >= self.request.max_turns:
+                return self._finish(EndedBy.TURN_LIMIT)
+            if self._seconds.agent >= bounds.time:
+                return self._finish(EndedBy.TIME)
+            return Turn(messages)
+
+    def close(self, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Turn | None:
+        """End it now: graded, or given up (None). Idempotent; a finished rollout gives its end again."""
+        if not grade:
+            self.abort()
+        with self._serial:
+            if self._turn is None and grade and not self._aborted:
+                return self._finish(ended_by)
+            return self._turn
+
+    def abort(self) -> None:
+        """Kill everything of it at once; whatever waits for it returns. Idempotent."""
+        with self._boxes:
+            self._aborted = True
+            boxes = list(self._sandboxes)
+        self._policy.stop(EndedBy.ERROR)
+        for sandbox in boxes:
+            sandbox.close()
+        if self._ready.is_set() and not self._policy.wait_ended(CANCELLATION):
+            self.stuck = True
+        self._release()
+
+    # -- the scaffold's thread --------------------------------------------------------------------
+
+    def _work(self) -> None:
+        request = self.request
+        try:
+            scaffold = make_scaffold(request.scaffold)
+            started = time.monotonic()
+            self._checkout = self._check_out()
+            self._seconds.checkout = time.monotonic() - started
+            started = time.monotonic()
+            sandbox = self._open_sandbox()
+            self._seconds.create = time.monotonic() - started
+            self._sandbox = sandbox
+            self._ready.set()
+            task = request.task if scaffold.privileged else request.task.public()
+            self._submission = scaffold.run(task, sandbox, self._policy)
+        except PolicyStopped:
+            pass
+        except BaseException as error:
+            if not self._aborted:
+                logger.warning("rollout %s: %r", request.rollout_id, error, exc_info=True)
+            self._error = error
+        finally:
+            self._ready.set()
+            self._policy.end()
+            if self._aborted:  # the set-up was given up while it ran: nobody else will clean up
+                self._close_sandboxes()
+                self._release()
+
+    def _check_out(self) -> Checkout:
+        task = self.request.task
+        image = self._store.find(task.recipe.digest())
+        if image is None:
+            raise StoreError(
+                f"the image of task {task.id} is not in the store {self.request.task.recipe.digest()[:12]}",
+                hint=f"minisandbox image build tasks.ids=[{task.id}]",
+            )
+        return self._cache.checkout(image, self._store)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _finish(self, ended_by: EndedBy | None) -> Turn:
+        """Take the patch, end the sandbox, grade. `ended_by` None: the scaffold's own ending."""
+        try:
+            self._policy.stop(ended_by or EndedBy.SUBMIT)
+            submission = self._submission if ended_by is None else None
+            error = str(submission.error) if submission is not None else ""
+            if ended_by is None:
+                ended_by = submission.ended_by if submission is not None else EndedBy.ERROR
+            if self._error is not None and submission is None:
+                ended_by = EndedBy.ERROR
+                error = one_line(self._error)
+                if isinstance(self._error, MiniSandboxError) and not isinstance(self._error, SandboxGone):
+                    raise self._error
+            try:
+                patch = self._take_patch(submission)
+            except SandboxGone as gone:
+                if not self._node_is_healthy():
+                    raise
+                return self._ungraded(ended_by, error or one_line(gone))
+            self._end_scaffold()
+            return self._graded(patch, ended_by, error)
+        except Exception as failure:
+            return self._fail(failure)
+        finally:
+            self._close_sandboxes()
+            self._release()
+
+    def _take_patch(self, submission: Submission | None) -> str:
+        if submission is not None and submission.patch is not None:
+            return submission.patch
+        from skyrl_minisandbox.rewards.patch import patch_from_upper
+
+        assert self._sandbox is not None
+        return patch_from_upper(self._sandbox, self._open_sandbox, self.request.task.recipe.workdir)
+
+    def _graded(self, patch: str, ended_by: EndedBy, error: str) -> Turn:
+        from skyrl_minisandbox.rewards import load_reward
+
+        report = self._grade(patch)
+        if report.sandbox_died:  # the patch can do that, and so can a machine in trouble: once more decides
+            report = self._grade(patch)
+        reward = load_reward(self.request.reward)(report)
+        return self._end(report.outcome, ended_by, reward, error or report.error, patch=patch, report=report)
+
+    def _grade(self, patch: str) -> TestReport:
+        """Grade within its time; a grading that hangs is ours, as the tests have a limit of their own."""
+        from skyrl_minisandbox.rewards import grade
+
+        task = self.request.task
+        limit = task.tests.timeout + self.request.bounds.grade
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._close_sandboxes()
+
+        watchdog = threading.Timer(limit, end)
+        watchdog.daemon = True
+        started = time.monotonic()
+        watchdog.start()
+        try:
+            report = grade(task, patch, self._open_sandbox)
+        except SandboxGone:
+            if late.is_set():
+                raise NodeError(f"grading task {task.id} took more than {limit:g} s") from None
+            raise
+        finally:
+            watchdog.cancel()
+            self._seconds.grade += time.monotonic() - started
+        if late.is_set():
+            raise NodeError(f"grading task {task.id} took more than {limit:g} s")
+        return report
+
+    def _ungraded(self, ended_by: EndedBy, error: str) -> Turn:
+        limited = ended_by in (EndedBy.TIME, EndedBy.TURN_LIMIT, EndedBy.LENGTH)
+        return self._end(Outcome.AGENT_LIMIT if limited else Outcome.AGENT_ERROR, ended_by, 0.0, error)
+
+    def _fail(self, error: BaseException) -> Turn:
+        """Ours: no number comes out of it."""
+        if self._aborted and isinstance(error, SandboxError):
+            error = NodeError("the rollout was given up")
+        turn = self._end(Outcome.INFRA_ERROR, EndedBy.ERROR, None, one_line(error))
+        self.abort()
+        return turn
+
+    def _end(
+        self,
+        outcome: Outcome,
+        ended_by: EndedBy,
+        reward: float | None,
+        error: str,
+        *,
+        patch: str = "",
+        report: TestReport | None = None,
+    ) -> Turn:
+        request = self.request
+        record = RolloutRecord(
+            rollout_id=request.rollout_id,
+            task_id=request.task.id,
+            outcome=outcome,
+            ended_by=ended_by,
+            reward=None if reward is None else float(reward),
+            turns=self._policy.turns,
+            seconds=dataclasses.replace(self._seconds),
+            node=self._node,
+            error=error,
+        )
+        trajectory = {
+            "rollout_id": request.rollout_id,
+            "task_id": request.task.id,
+            "scaffold": request.scaffold.name,
+            "messages": list(self._conversation),
+            "scaffold_trajectory": self._submission.trajectory if self._submission is not None else None,
+        }
+        self._turn = Turn(
+            [],
+            Finished(
+                record,
+                patch=patch,
+                tests={name: str(verdict) for name, verdict in report.tests.items()} if report else {},
+                log=report.log[-LOG_KEPT:] if report else "",
+                trajectory=trajectory,
+                history_divergence=self._policy.history_divergence,
+            ),
+        )
+        return self._turn
+
+    # -- sandboxes --------------------------------------------------------------------------------
+
+    def _open_sandbox(self) -> Sandbox:
+        """A fresh sandbox of the task's image, known to `abort`."""
+        from skyrl_minisandbox.sandbox import Sandbox
+
+        checkout = self._checkout
+        if checkout is None:
+            raise NodeError("the rollout was given up")
+        request = self.request
+        sandbox = Sandbox(checkout.sandbox_spec(limits=request.limits, allow_degraded=request.allow_degraded))
+        with self._boxes:
+            if not self._aborted:
+                self._sandboxes.append(sandbox)
+                return sandbox
+        sandbox.close()
+        raise NodeError("the rollout was given up")
+
+    def _node_is_healthy(self) -> bool:
+        """The one probe: does a new sandbox of the same image work?"""
+        try:
+            with self._open_sandbox() as sandbox:
+                return sandbox.run(["true"], timeout=30).exit_code == 0
+        except MiniSandboxError:
+            return False
+
+    def _end_scaffold(self) -> None:
+        """The agent's sandbox goes before grading starts; its thread follows or costs the worker."""
+        if self._sandbox is not None:
+            self._sandbox.close()
+        if not self._policy.wait_ended(CANCELLATION):
+            logger.error("rollout %s: its scaffold ignores its end", self.request.rollout_id)
+            self.stuck = True
+
+    def _close_sandboxes(self) -> None:
+        with self._boxes:
+            boxes, self._sandboxes = self._sandboxes, []
+        for sandbox in boxes:
+            with contextlib.suppress(MiniSandboxError):
+                sandbox.close()
+
+    def _release(self) -> None:
+        with self._boxes:
+            checkout, self._checkout = self._checkout, None
+        if checkout is not None:
+            checkout.release()
+
+
+def make_scaffold(config: ScaffoldConfig) -> Scaffold:
+    """The scaffold, refused by name where it cannot be turned inside out. Raises `InputError`."""
+    from skyrl_minisandbox.scaffolds import load_scaffold
+
+    scaffold = load_scaffold(config.name, **config.options)
+    if not scaffold.history_only_grows:
+        raise InputError(
+            f"scaffold `{config.name}` rewrites its history, which the trainer's token stream cannot follow",
+            hint="switch its history processing off, or take another scaffold",
+        )
+    if scaffold.needs_network:
+        raise InputError(
+            f"scaffold `{config.name}` needs a network, and a rollout's sandbox has none",
+            hint="take another scaffold",
+        )
+    return scaffold
+
+
+def one_line(error: BaseException) -> str:
+    """An error as the one line of a record, with its class where the text alone says little."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MiniSandboxError):
+        hint = f" (hint: {error.hint})" if error.hint else ""
+        return text + hint
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

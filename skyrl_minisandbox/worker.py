@@ -1,0 +1,182 @@
+"""A worker process: rollouts by id, each request in a thread, and a launcher of its own.
+
+A scaffold's thread that is stuck cannot be killed, and a crash in C takes its process along; so
+rollouts live in processes that a node can lose. The channel is one inherited socket: its EOF ends the
+worker, and with it its launcher and every sandbox, however the owner died.
+
+Wire, pickled by multiprocessing.connection (both ends are ours; nothing from inside a sandbox is on
+it): first a `WorkerSetup`; then requests `(call, method, arguments)` and replies `(call, value, error)`.
+Call 0 is a notice of the worker's own: `stuck`, after which the node gives it nothing new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skyrl_minisandbox.errors import MiniSandboxError, NodeError
+from skyrl_minisandbox.record import EndedBy
+from skyrl_minisandbox.rollout import Rollout, RolloutRequest, Turn, one_line
+
+if TYPE_CHECKING:
+    from skyrl_minisandbox.images import Cache, Store
+
+logger = logging.getLogger(__name__)
+
+NOTICE = 0
+STUCK = "stuck"
+FAREWELL = 5.0
+"""Seconds that an orphaned worker takes to end its sandboxes itself; what is left the kernel ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSetup:
+    """sys_path: where the owner finds modules, so that a scaffold of the user's own is found here too."""
+
+    node: str
+    store: str
+    cache: str
+    sys_path: tuple[str, ...] = ()
+
+
+class Worker:
+    """Rollouts of one process. Every method may be called from any thread."""
+
+    def __init__(self, setup: WorkerSetup, notify: Callable[[str], None]) -> None:
+        self._setup = setup
+        self._notify = notify
+        self._lock = threading.Lock()  # guards _rollouts and the two below
+        self._rollouts: dict[str, Rollout] = {}
+        self._images: tuple[Store, Cache] | None = None
+        self._closing = False
+
+    def open(self, request: RolloutRequest) -> Turn:
+        """Start a rollout and run it to its scaffold's first question."""
+        store, cache = self._store_and_cache()
+        rollout = Rollout(request, store=store, cache=cache, node=self._setup.node)
+        with self._lock:
+            if self._closing:
+                raise NodeError("the worker process is ending")
+            if request.rollout_id in self._rollouts:
+                raise NodeError(f"rollout {request.rollout_id} is open already")
+            self._rollouts[request.rollout_id] = rollout
+        return self._checked(rollout, rollout.open())
+
+    def step(self, rollout_id: str, text: str) -> Turn:
+        """Answer a rollout's question."""
+        rollout = self._rollout(rollout_id)
+        return self._checked(rollout, rollout.step(text))
+
+    def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Turn | None:
+        """End a rollout; None where it was given up, or is not known (any more)."""
+        with self._lock:
+            rollout = self._rollouts.get(rollout_id)
+        if rollout is None:
+            return None
+        turn = rollout.close(grade=grade, ended_by=ended_by)
+        self._forget(rollout)
+        return turn
+
+    def end(self) -> None:
+        """Give up every rollout and end the launcher."""
+        with self._lock:
+            self._closing = True
+            rollouts = list(self._rollouts.values())
+        threads = [threading.Thread(target=rollout.abort, daemon=True) for rollout in rollouts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(FAREWELL)
+        launcher = sys.modules.get("skyrl_minisandbox.sandbox.client")
+        if launcher is not None:
+            launcher.shutdown_launcher()
+
+    def _store_and_cache(self) -> tuple[Store, Cache]:
+        from skyrl_minisandbox.images import Cache, Store
+
+        with self._lock:
+            if self._images is None:
+                self._images = (Store(Path(self._setup.store)), Cache(Path(self._setup.cache)))
+            return self._images
+
+    def _rollout(self, rollout_id: str) -> Rollout:
+        with self._lock:
+            if rollout_id not in self._rollouts:
+                raise NodeError(f"rollout {rollout_id} is not open on node {self._setup.node}")
+            return self._rollouts[rollout_id]
+
+    def _checked(self, rollout: Rollout, turn: Turn) -> Turn:
+        if turn.done:
+            self._forget(rollout)
+        return turn
+
+    def _forget(self, rollout: Rollout) -> None:
+        with self._lock:
+            self._rollouts.pop(rollout.request.rollout_id, None)
+        if rollout.stuck:
+            self._notify(STUCK)
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests until the owner hangs up."""
+    sending = threading.Lock()  # a reply is more than one write
+
+    def send(call: int, value: Any, error: BaseException | None) -> None:
+        with sending:
+            try:
+                connection.send_bytes(pickle.dumps((call, value, error), pickle.HIGHEST_PROTOCOL))
+            except OSError:
+                pass  # the owner is gone; the reading thread sees it too and ends us
+
+    setup: WorkerSetup = connection.recv()
+    sys.path.extend(path for path in setup.sys_path if path not in sys.path)
+    worker = Worker(setup, lambda word: send(NOTICE, word, None))
+    methods: dict[str, Callable[..., Any]] = {
+        "open": worker.open,
+        "step": worker.step,
+        "close": worker.close,
+        "end": worker.end,
+    }
+
+    def handle(call: int, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            send(call, methods[method](*arguments), None)
+        except MiniSandboxError as error:
+            send(call, None, error)
+        except BaseException as error:
+            logger.exception("%s failed", method)
+            send(call, None, NodeError(f"{method} failed on node {setup.node}: {one_line(error)}"))
+
+    try:
+        while True:
+            call, method, arguments = connection.recv()
+            name = f"{method}-{arguments[0] if arguments and isinstance(arguments[0], str) else call}"
+            threading.Thread(target=handle, args=(call, method, arguments), name=name, daemon=True).start()
+    except (EOFError, OSError):
+        pass
+    farewell = threading.Thread(target=worker.end, daemon=True)
+    farewell.start()
+    farewell.join(2 * FAREWELL)
+
+
+def main() -> None:
+    """`python -m skyrl_minisandbox.worker FD`, started by a node."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"
+    )
+    serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # threads that are stuck must not keep us
+
+
+if __name__ == "__main__":
+    main()
