@@ -1,0 +1,29 @@
+"""The kernel side: namespaces, overlay, limits and commands. Knows nothing of tasks, images, agents or Ray.
+
+Names are loaded on use: the launcher is a small process that imports only what it runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skyrl_minisandbox.sandbox.sandbox import Sandbox as Sandbox
+    from skyrl_minisandbox.sandbox.sandbox import Shell as Shell
+    from skyrl_minisandbox.sandbox.client import shutdown_launcher as shutdown_launcher
+    from skyrl_minisandbox.sandbox.spec import Bind as Bind
+    from skyrl_minisandbox.sandbox.spec import CommandResult as CommandResult
+    from skyrl_minisandbox.sandbox.spec import Limits as Limits
+    from skyrl_minisandbox.sandbox.spec import SandboxSpec as SandboxSpec
+
+__all__ = ["Bind", "CommandResult", "Limits", "Sandbox", "SandboxSpec", "Shell", "shutdown_launcher"]
+
+_WHERE = {"Sandbox": "sandbox", "Shell": "sandbox", "shutdown_launcher": "client"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE.get(name, 'spec')}"), name)

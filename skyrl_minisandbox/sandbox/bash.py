@@ -1,0 +1,150 @@
+"""The persistent shell, from init's side: a non-interactive bash.
+
+Each command goes in by file; it has ended when a random nonce with exit code and working directory comes out of a pipe
+that the command itself does not hold; its output goes to a FIFO of its own, so that what an earlier background job
+writes does not get into a later result. After each command the exports and functions are written down, and a shell
+that ended (`exit`, `exec`, `set -e`, a kill) is started anew from them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+
+from skyrl_minisandbox.sandbox import processes
+from skyrl_minisandbox.sandbox.mounts import PRIVATE
+
+_CONTROL = 19  # the descriptor that bash tells the end on; closed while a command runs
+_ATTEMPTS = 5  # rounds of killing a command's processes before the shell itself is killed
+
+
+class Bash:
+    """One shell. init feeds it descriptors' events; it holds at most one running command."""
+
+    def __init__(self, key: str, env: dict[str, str], cwd: str, user: str | None, rlimits: dict[int, int]) -> None:
+        self.key = key
+        self.env = env
+        self.cwd = cwd
+        self.user = user
+        self.rlimits = rlimits
+        self.pid = 0
+        self.control = -1
+        self._input = -1
+        self._nonce = b""
+        self._told = b""
+        self._count = 0
+        self._exit_code = 0
+        self._spare: frozenset[int] = frozenset()
+        self.started = 0
+        self.replaced = False  # nobody holds the control pipe: what runs under the pid is not bash any more
+
+    def start(self) -> None:
+        """Start bash; after the first time, with the exports, functions and directory of before."""
+        command_read, self._input = os.pipe2(os.O_CLOEXEC)
+        self.control, control_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(control_write, True)
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        cwd = self.cwd if os.path.isdir(self.cwd) else "/"
+        self.pid = processes.spawn(
+            ["bash", "--noprofile", "--norc"], env=self.env, cwd=cwd, user=self.user,
+            fds={0: command_read, 1: null, 2: null, _CONTROL: control_write}, rlimits=self.rlimits,
+        )
+        if not self.started:
+            # Written by the shell, whoever it runs as; another process that writes to it harms only this shell.
+            os.close(os.open(self._path("state"), os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC))
+            os.chmod(self._path("state"), 0o666)
+        for fd in (command_read, control_write, null):
+            os.close(fd)
+        if self.started and os.path.exists(self._path("state")):
+            self._send(f". {self._path('state')} </dev/null >/dev/null 2>&1\n")
+        self.started += 1
+        self.replaced = False
+        self._exit_code = 0
+
+    def _path(self, name: str) -> str:
+        return f"{PRIVATE}/{self.key}.{name}"
+
+    def _send(self, line: str) -> None:
+        try:
+            os.write(self._input, line.encode())
+        except BrokenPipeError:
+            pass  # bash has just ended: its exit is on the way
+
+    def begin(self, command: str) -> int:
+        """Hand over a command; returns the descriptor its output comes from."""
+        self._count += 1
+        self._nonce = secrets.token_hex(16).encode()
+        self._told = b""
+        file, output = self._path("command"), self._path(f"output{self._count}")
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as handle:
+            handle.write(command)
+            handle.write("\n")
+        os.mkfifo(output)
+        os.chmod(output, 0o622)
+        read = os.open(output, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._spare = frozenset(self._children())
+        restore = f"(exit {self._exit_code}); " if self._exit_code else ""
+        state = self._path("state")
+        self._send(
+            f"{restore}. {file} </dev/null >{output} 2>&1 {_CONTROL}>&-; __minisandbox_code=$?; "
+            f"{{ builtin export -p; builtin declare -f; }} 2>/dev/null >{state}; "
+            f"builtin printf '%s %d %s\\0' {self._nonce.decode()} $__minisandbox_code \"$PWD\" >&{_CONTROL}; "
+            f"builtin unset __minisandbox_code\n"
+        )
+        return read
+
+    def opened(self) -> None:
+        """The command's output is closed on our side or kept elsewhere: its name may go."""
+        try:
+            os.unlink(self._path(f"output{self._count}"))
+        except FileNotFoundError:
+            pass
+
+    def _children(self) -> list[int]:
+        try:
+            with open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
+                return [int(pid) for pid in file.read().split()]
+        except OSError:
+            return []
+
+    def told(self) -> tuple[int, str] | None:
+        """Read what the control pipe has: (exit code, working directory) when the command has ended.
+
+        Raises `EOFError` when bash no longer holds the pipe.
+        """
+        try:
+            data = os.read(self.control, 1 << 16)
+        except BlockingIOError:
+            return None
+        if not data:
+            raise EOFError
+        # Bounded: whoever inside finds the pipe can write to it, and harms only this shell.
+        self._told = (self._told + data)[-(1 << 16) :]
+        for part in self._told.split(b"\0")[:-1]:
+            nonce, _, rest = part.partition(b" ")
+            if nonce == self._nonce:
+                code, _, cwd = rest.partition(b" ")
+                self._exit_code = int(code) & 0xFF if code.isdigit() else 1
+                self.cwd = os.fsdecode(cwd)
+                return self._exit_code, self.cwd
+        return None
+
+    def interrupt(self, attempt: int) -> None:
+        """Kill what the running command started; at last the shell itself."""
+        processes.kill_tree(self.pid, self._spare, itself=self.replaced or attempt >= _ATTEMPTS)
+
+    def end(self) -> None:
+        """Forget a shell that ended."""
+        for fd in (self.control, self._input):
+            if fd >= 0:
+                os.close(fd)
+        self.control = self._input = -1
+        self.pid = 0
+
+    def notice(self) -> str:
+        return (
+            "The shell ended and was started anew"
+            f" in {shlex.quote(self.cwd)}, with the exported variables and functions of before."
+        )

@@ -1,0 +1,192 @@
+"""The owner's side of the launcher: starts it, asks it, and turns what it lacks into an error with a way out."""
+
+from __future__ import annotations
+
+import array
+import atexit
+import concurrent.futures
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from skyrl_minisandbox.errors import MachineError, SandboxError
+from skyrl_minisandbox.sandbox.launcher import CONTROL_FD
+
+# The launcher answers in milliseconds; a loaded machine may take longer to start a Python. Seconds.
+START_TIMEOUT = 60.0
+ANSWER_TIMEOUT = 120.0
+
+_PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent.parent)
+# argv holds no secret and no setting: /proc/1/cmdline of every sandbox shows it.
+_BOOT = "import sys;sys.path.insert(0,sys.argv[1]);from skyrl_minisandbox.sandbox.launcher import main;main()"
+
+_HINTS = {
+    "userns": "user namespaces are switched off: as root `sysctl -w user.max_user_namespaces=65536`, and where they "
+    "exist `kernel.unprivileged_userns_clone=1` and `kernel.apparmor_restrict_unprivileged_userns=0`; in Kubernetes "
+    "allow them or run the pod privileged",
+    "mounts": "mounting needs CAP_SYS_ADMIN or a user namespace that is allowed to mount; in a pod set "
+    "`procMount: Unmasked` or run it privileged",
+    "overlay": "Linux 5.11 or newer with overlayfs, and a directory whose file system can hold an overlay upper "
+    "(ext4, xfs, btrfs, tmpfs; not NFS, FUSE or another overlay): set `images.cache=DIR`",
+}
+
+
+def explain(message: str, number: int, lacks: str) -> SandboxError | MachineError:
+    """The error for what the launcher told."""
+    if number == errno.ENOSPC and lacks == "userns":
+        message += " (the limit on namespaces is reached)"
+    if lacks and number != errno.EMFILE:
+        return MachineError(message, hint=_HINTS.get(lacks, "run `minisandbox doctor`"))
+    return SandboxError(message, hint="run `minisandbox doctor`")
+
+
+class LauncherClient:
+    """One launcher process. Thread-safe; a fork of this process cannot use it (see `shared`).
+
+    Raises `MachineError` when the machine cannot make sandboxes, with what mends it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: dict[int, concurrent.futures.Future[tuple[dict[str, Any], list[int]]]] = {}
+        self._number = 0
+        self._closed = False
+        self._log = tempfile.TemporaryFile()
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.owner_pid = os.getpid()
+        with theirs:
+            self._process = self._start(theirs)
+        started: concurrent.futures.Future[tuple[dict[str, Any], list[int]]] = concurrent.futures.Future()
+        self._pending[0] = started
+        threading.Thread(target=self._receive, name="minisandbox-launcher", daemon=True).start()
+        try:
+            answer, _ = started.result(START_TIMEOUT)
+        except concurrent.futures.TimeoutError:
+            self.close()
+            raise SandboxError(f"the launcher did not start within {START_TIMEOUT:.0f} s") from None
+        if "error" in answer:
+            self.close()
+            raise explain(answer["error"], answer["errno"], answer["lacks"])
+        self.facts: dict[str, Any] = answer["facts"]
+
+    def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        # The child must find the socket at CONTROL_FD: pass_fds keeps numbers, so move it there by a shell-free dup in
+        # the child's own argv would need code; subprocess maps standard descriptors only. The socket is stdin, and
+        # the launcher's first statement moves it.
+        boot = f"import os;os.dup2(0,{CONTROL_FD});os.dup2(os.open(os.devnull,os.O_RDONLY),0);{_BOOT}"
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", boot, _PACKAGE_ROOT],
+            stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=self._log, env={}, cwd="/", close_fds=True,
+        )
+
+    def _receive(self) -> None:
+        """Hand answers to those who wait, until the launcher's end closes."""
+        while True:
+            try:
+                data, ancillary, _, _ = self._sock.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC)
+            except OSError:
+                data, ancillary = b"", []
+            fds = array.array("i")
+            for level, kind, payload in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+            if not data:
+                break
+            answer = json.loads(data)
+            with self._lock:
+                future = self._pending.pop(answer["number"], None)
+            if future is not None:
+                future.set_result((answer, list(fds)))
+            else:
+                for fd in fds:
+                    os.close(fd)
+        with self._lock:
+            self._closed = True
+            left, self._pending = list(self._pending.values()), {}
+        for future in left:
+            future.set_exception(SandboxError(f"the launcher has ended{self._last_words()}"))
+
+    def _last_words(self) -> str:
+        try:
+            self._log.seek(0)
+            lines = self._log.read().decode(errors="replace").strip().splitlines()
+        except (OSError, ValueError):
+            return ""
+        return f": {lines[-1]}" if lines else ""
+
+    def ask(self, verb: str, fds: tuple[int, ...] = (), **request: Any) -> tuple[dict[str, Any], list[int]]:
+        """Send a request and wait: (answer, descriptors). Raises `SandboxError` or `MachineError`."""
+        future: concurrent.futures.Future[tuple[dict[str, Any], list[int]]] = concurrent.futures.Future()
+        with self._lock:
+            if self._closed:
+                raise SandboxError(f"the launcher has ended{self._last_words()}")
+            self._number += 1
+            number = self._number
+            self._pending[number] = future
+        data = json.dumps({"number": number, "verb": verb, **request}).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._sock.sendmsg([data], rights)
+        except OSError as error:
+            with self._lock:
+                self._pending.pop(number, None)
+            raise SandboxError(f"the launcher does not take requests: {error.strerror}{self._last_words()}") from error
+        try:
+            answer, received = future.result(ANSWER_TIMEOUT)
+        except concurrent.futures.TimeoutError:
+            raise SandboxError(f"the launcher did not answer `{verb}` within {ANSWER_TIMEOUT:.0f} s") from None
+        if "error" in answer:
+            raise explain(answer["error"], answer["errno"], answer["lacks"])
+        return answer, received
+
+    @property
+    def alive(self) -> bool:
+        return not self._closed and self.owner_pid == os.getpid()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        """End the launcher and every sandbox it made; waits for it. Idempotent."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+_shared: LauncherClient | None = None
+_shared_lock = threading.Lock()
+
+
+def shared() -> LauncherClient:
+    """The launcher of this process, started on first use; anew after it died or after a fork."""
+    global _shared
+    with _shared_lock:
+        if _shared is None or not _shared.alive:
+            _shared = LauncherClient()
+        return _shared
+
+
+def shutdown_launcher() -> None:
+    """End the shared launcher, if there is one, and with it every sandbox made through it."""
+    global _shared
+    with _shared_lock:
+        client, _shared = _shared, None
+    if client is not None and client.owner_pid == os.getpid():
+        client.close()
+
+
+atexit.register(shutdown_launcher)

@@ -1,0 +1,465 @@
+"""The process that makes sandboxes: small, exec'd with an empty environment, single-threaded, holding no secret.
+
+It lives in a mount namespace of its own, whose root is a tmpfs: `/host` is the machine, `/l/N` are layers (id-mapped
+where the kernel can), `/s` is where an upper is put together. A plain user's launcher first makes a user namespace in
+which it is root; from there on both go the same way: the overlay is mounted here, with the launcher's rights, and handed
+as a detached mount to a child made by one clone3 in namespaces of its own, which never had those rights.
+
+The owner's lifeline is the control socket: at its end the launcher exits, and every init with it (PDEATHSIG).
+Owner and launcher trust each other: messages between them are JSON, with descriptors beside them.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import json
+import os
+import select
+import signal
+import socket
+import struct
+from typing import Any
+
+from skyrl_minisandbox.sandbox import limits, linux, wire
+from skyrl_minisandbox.sandbox.init import run_init
+from skyrl_minisandbox.sandbox.mounts import HOST, NEW_ROOT
+
+CONTROL_FD = 3
+# Users and groups of a sandbox, as the host sees them: the last 65,536 of the range that systemd documents for
+# containers (systemd.io/UIDS-GIDS), so that no account of the machine is among them.
+RANGE_BASE = 0x6FFF0000
+RANGE_SIZE = 65536
+
+
+class LauncherError(Exception):
+    """Told to the owner: what failed, errno, and the name of what the machine lacks ("" when it is something else)."""
+
+    def __init__(self, message: str, number: int = 0, lacks: str = "") -> None:
+        super().__init__(message)
+        self.number, self.lacks = number, lacks
+
+
+class _Box:
+    """One sandbox, as the launcher knows it."""
+
+    def __init__(self, pid: int, pidfd: int, upper_fd: int, cgroup: list[str]) -> None:
+        self.pid, self.pidfd, self.upper_fd, self.cgroup = pid, pidfd, upper_fd, cgroup
+        self.waiting: int | None = None  # the request that waits for its end
+
+
+def _map_base() -> int | None:
+    """The first id of our range, within what this process's own user namespace maps; None for a single id."""
+    best = None
+    with open("/proc/self/uid_map") as file:
+        for line in file:
+            inside, _, count = (int(field) for field in line.split())
+            if inside <= RANGE_BASE and RANGE_BASE + RANGE_SIZE <= inside + count:
+                return RANGE_BASE
+            if count >= 2 * RANGE_SIZE:
+                best = inside + count - RANGE_SIZE
+    return best
+
+
+class Launcher:
+    """See the module."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._boxes: dict[int, _Box] = {}
+        self._exports: dict[int, int] = {}  # helper pid -> request
+        self._lowers: dict[str, str] = {}
+        self._count = 0
+        self.base: int | None = None
+        self.root_mode = False
+        self._idmap_fd = -1
+        self._cgroups: limits.Cgroups | None = None
+        self.facts: dict[str, Any] = {}
+
+    # Start
+
+    def enter(self) -> None:
+        """Take the namespaces that this launcher works in. Raises `LauncherError`."""
+        uid, gid = os.geteuid(), os.getegid()
+        self.base = _map_base() if uid == 0 else None
+        try:
+            if self.base is None:
+                raise PermissionError(errno.EPERM, "no range of ids to map")
+            linux.unshare(linux.CLONE_NEWNS)
+            self.root_mode = True
+        except PermissionError:
+            self.base = None
+            self._enter_userns(uid, gid)
+        try:
+            self._cgroups = limits.Cgroups(prefix=HOST)
+            self.facts["cgroup"] = ""
+        except (limits.NoCgroup, OSError) as error:
+            self.facts["cgroup"] = str(error)
+        try:
+            linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+            linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=4m")
+            for name in (HOST, "/l", "/s", "/x", NEW_ROOT):
+                os.mkdir(f"/tmp{name}", 0o755)
+            linux.pivot_root("/tmp", f"/tmp{HOST}")
+            os.chdir("/")
+        except OSError as error:
+            raise LauncherError(f"a private root could not be made: {error}", error.errno or 0, "mounts") from error
+        if self.root_mode:
+            self._idmap_fd = self._holder_userns()
+        self.facts.update(
+            root_mode=self.root_mode, single_id=self.base is None,
+            memory_cgroup=bool(self._cgroups and self._cgroups.memory),
+            pids_cgroup=bool(self._cgroups and self._cgroups.pids),
+        )
+
+    def _enter_userns(self, uid: int, gid: int) -> None:
+        try:
+            linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
+            with open("/proc/self/setgroups", "w") as file:
+                file.write("deny")
+            for name, number in (("uid_map", uid), ("gid_map", gid)):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(f"0 {number} 1")
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
+        except OSError as error:
+            raise LauncherError(
+                f"no user namespace can be made here: {error.strerror}", error.errno or 0, "userns"
+            ) from error
+
+    def _holder_userns(self) -> int:
+        """A descriptor of a user namespace with our map, for id-mapped mounts; -1 where none can be made."""
+        read, write = os.pipe()
+        try:
+            pid, pidfd = linux.clone3(linux.CLONE_NEWUSER)
+        except OSError as error:
+            raise LauncherError(
+                f"no user namespace can be made here: {error.strerror}", error.errno or 0, "userns"
+            ) from error
+        if pid == 0:
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        os.close(read)
+        try:
+            self._write_maps(pid)
+            return os.open(f"{HOST}/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(write)
+            os.waitpid(pid, 0)
+            os.close(pidfd)
+
+    def _write_maps(self, pid: int) -> None:
+        text = f"0 {self.base} {RANGE_SIZE}" if self.base is not None else "0 0 1"
+        for name in ("uid_map", "gid_map"):
+            with open(f"{HOST}/proc/{pid}/{name}", "w") as file:
+                file.write(text)
+
+    # Layers and uppers
+
+    def _lower(self, path: str) -> str:
+        """The short path of a layer, mounted below /l (id-mapped as root); once per layer."""
+        known = self._lowers.get(path)
+        if known is not None:
+            return known
+        target = f"/l/{len(self._lowers)}"
+        try:
+            fd = self._tree(path, linux.MOUNT_ATTR_RDONLY)
+            os.mkdir(target)
+            linux.move_mount(fd, target)
+            os.close(fd)
+        except OSError as error:
+            raise LauncherError(f"layer {path}: {error.strerror}", error.errno or 0) from error
+        self._lowers[path] = target[1:]
+        return target[1:]
+
+    def _tree(self, path: str, attributes: int) -> int:
+        """A detached, id-mapped copy of the host's mount at `path`."""
+        fd = linux.open_tree(HOST + path)
+        try:
+            if self._idmap_fd >= 0:
+                try:
+                    linux.mount_setattr(fd, attributes | linux.MOUNT_ATTR_IDMAP, self._idmap_fd)
+                    return fd
+                except OSError as error:
+                    # EINVAL: this file system has no id-mapped mounts (a pod's own overlayfs); it stays unmapped,
+                    # owned by nobody. Layers for such a place were unpacked with shifted owners.
+                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                        raise
+            linux.mount_setattr(fd, attributes)
+            return fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _overlay(self, request: dict[str, Any], name: str) -> tuple[int, int]:
+        """Mount the overlay: (detached mount, directory that holds upper and work)."""
+        lowers = [self._lower(path) for path in reversed(request["layers"])]
+        stage = f"/s/{name}"
+        os.mkdir(stage)
+        staged = mounted = False
+        try:
+            flags = linux.MS_NOSUID | linux.MS_NODEV
+            if request["upper"] is None:
+                linux.mount("tmpfs", stage, "tmpfs", flags, f"mode=755,size={request['limits']['disk']}")
+            else:
+                linux.mount(HOST + request["upper"], stage, None, linux.MS_BIND)
+            staged = True
+            owner = self.base if self.base is not None else 0
+            for directory in ("upper", "work"):
+                os.mkdir(f"{stage}/{directory}", 0o755)
+                os.chown(f"{stage}/{directory}", owner, owner)
+            options = [
+                f"lowerdir={':'.join(lowers)}", f"upperdir=s/{name}/upper", f"workdir=s/{name}/work",
+                # No sync of what is thrown away; no features that make an upper depend on its lowers' inodes.
+                "volatile", "index=off", "metacopy=off",
+            ]
+            options.append("redirect_dir=off" if self.root_mode else "userxattr")
+            linux.mount("overlay", "/x", "overlay", flags, ",".join(options))
+            mounted = True
+            return linux.open_tree("/x"), os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            what = f"the upper directory {request['upper']}" if request["upper"] else "an upper on tmpfs"
+            raise LauncherError(
+                f"an overlay with {what} could not be mounted: {error.strerror}", error.errno or 0, "overlay"
+            ) from error
+        finally:
+            if mounted:
+                linux.umount("/x")
+            if staged:
+                linux.umount(stage)
+            os.rmdir(stage)
+
+    # Requests
+
+    def create(self, number: int, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Make a sandbox; the answer and the owner's end of its socket."""
+        self._count += 1
+        name = str(self._count)
+        held: list[int] = []
+        cgroup: list[str] = []
+        owner_end, init_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        go_read, go_write = os.pipe2(os.O_CLOEXEC)
+        held += [go_read, go_write, init_end.detach()]
+        init_fd = held[-1]
+        try:
+            root_fd, upper_fd = self._overlay(request, name)
+            held.append(root_fd)
+            bind_fds = []
+            for bind in request["binds"]:
+                attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
+                attributes |= linux.MOUNT_ATTR_RDONLY if bind["read_only"] else 0
+                bind["directory"] = os.path.isdir(HOST + bind["source"])
+                try:
+                    fd = self._tree(bind["source"], attributes)
+                except OSError as error:
+                    raise LauncherError(f"bind {bind['source']}: {error.strerror}", error.errno or 0) from error
+                held.append(fd)
+                bind_fds.append(fd)
+            if self._cgroups is not None:
+                cgroup = self._cgroups.create(name, request["limits"]["memory"], request["limits"]["processes"])
+            request.update(
+                single_id=self.base is None, cgroup=bool(cgroup), memory_cgroup=self.facts["memory_cgroup"]
+            )
+            flags = (linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWIPC
+                     | linux.CLONE_NEWUTS)
+            if request["network"] == "none":
+                flags |= linux.CLONE_NEWNET
+            try:
+                pid, pidfd = linux.clone3(flags)
+            except OSError as error:
+                raise LauncherError(str(error), error.errno or 0, "userns") from error
+            if pid == 0:
+                self._be_init(request, init_fd, go_read, root_fd, bind_fds)
+            self._write_maps(pid)
+            limits.Cgroups.join(cgroup, pid)
+            os.write(go_write, b"g")
+        except BaseException as error:
+            owner_end.close()
+            limits.Cgroups.remove(cgroup)
+            if isinstance(error, OSError):
+                raise LauncherError(str(error), error.errno or 0) from error
+            raise
+        finally:
+            for fd in held:
+                os.close(fd)
+        self._boxes[self._count] = _Box(pid, pidfd, upper_fd, cgroup)
+        oom = limits.oom_counter(cgroup)
+        answer = {"box": self._count, "pid": pid, "oom": oom.removeprefix(HOST) if oom else None}
+        return answer, [owner_end.detach()]
+
+    def _be_init(self, request: dict[str, Any], sock_fd: int, go: int, root_fd: int, bind_fds: list[int]) -> None:
+        """In the child: keep only what init needs, wait until the maps are written, go on as init. Never returns."""
+        try:
+            signal.set_wakeup_fd(-1)
+            keep = sorted({0, 1, 2, sock_fd, go, root_fd, *bind_fds})
+            for low, high in zip(keep, [*keep[1:], 1 << 32], strict=True):
+                linux.close_range(low + 1, high - 1)
+            null = os.open(f"{HOST}/dev/null", os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.close(null)
+            if os.read(go, 1) != b"g":
+                os._exit(1)
+            os.close(go)
+            run_init(request, socket.socket(fileno=sock_fd), root_fd, bind_fds)
+        finally:
+            os._exit(1)
+
+    def destroy(self, number: int, request: dict[str, Any]) -> None:
+        """Kill a sandbox; answered when its init has been reaped."""
+        box = self._boxes.get(request["box"])
+        if box is None:
+            self._answer(number, {})
+            return
+        box.waiting = number
+        self._kill(box)
+
+    @staticmethod
+    def _kill(box: _Box) -> None:
+        try:
+            signal.pidfd_send_signal(box.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def export(self, number: int, request: dict[str, Any], fds: list[int]) -> None:
+        """Write a sandbox's upper as a tar into the descriptor that came along, in a child of ours."""
+        box = self._boxes.get(request["box"])
+        if box is None:
+            raise LauncherError("the sandbox has ended")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                os.chroot(HOST)  # where Python finds what the launcher itself does not need to load
+                from skyrl_minisandbox.sandbox.export import export_upper
+
+                export_upper(
+                    box.upper_fd, fds[0], prefix=request["prefix"], base=self.base or 0,
+                    single_id=self.base is None, max_bytes=request["max_bytes"],
+                )
+                os._exit(0)
+            except OSError as error:
+                os._exit(min(error.errno or errno.EIO, 255))
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(errno.EIO)
+        self._exports[pid] = number
+
+    # The loop
+
+    def serve(self) -> None:
+        """Until the owner's end closes."""
+        wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        poll.register(wake_read, select.POLLIN)
+        try:
+            while True:
+                for fd, _ in poll.poll():
+                    if fd == wake_read:
+                        os.read(wake_read, 4096)
+                        self._reap()
+                    elif not self._receive():
+                        return
+        finally:
+            self.close()
+
+    def _receive(self) -> bool:
+        data, ancillary, _, _ = self._sock.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 8))
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if not data:
+            return False
+        message = json.loads(data)
+        number, verb = message["number"], message["verb"]
+        try:
+            if verb == "create":
+                answer, sent = self.create(number, message)
+                self._answer(number, answer, sent)
+            elif verb == "destroy":
+                self.destroy(number, message)
+            elif verb == "export":
+                self.export(number, message, list(fds))
+        except LauncherError as error:
+            self._answer(number, {"error": str(error), "errno": error.number, "lacks": error.lacks})
+        except OSError as error:
+            self._answer(number, {"error": str(error), "errno": error.errno or 0, "lacks": ""})
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _answer(self, number: int, answer: dict[str, Any], fds: list[int] | None = None) -> None:
+        data = json.dumps({"number": number, **answer}).encode()
+        ancillary = []
+        if fds:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+        try:
+            self._sock.sendmsg([data], ancillary)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the owner is gone: the loop sees it next
+        for fd in fds or ():
+            os.close(fd)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            number = self._exports.pop(pid, None)
+            if number is not None:
+                code = os.waitstatus_to_exitcode(status)
+                self._answer(number, {"code": code if code >= 0 else errno.EIO})
+            for key, box in list(self._boxes.items()):
+                if box.pid == pid:
+                    self._forget(key, box)
+
+    def _forget(self, key: int, box: _Box) -> None:
+        os.close(box.pidfd)
+        os.close(box.upper_fd)
+        limits.Cgroups.remove(box.cgroup)
+        del self._boxes[key]
+        if box.waiting is not None:
+            self._answer(box.waiting, {})
+
+    def close(self) -> None:
+        """End every sandbox and wait for them, so that their cgroups can go."""
+        for box in self._boxes.values():
+            self._kill(box)
+        for key, box in list(self._boxes.items()):
+            try:
+                os.waitpid(box.pid, 0)
+            except ChildProcessError:
+                pass
+            box.waiting = None
+            self._forget(key, box)
+        if self._cgroups is not None:
+            self._cgroups.close()
+
+
+def main() -> None:
+    """Run as the exec'd launcher: the control socket is descriptor 3."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the owner's business
+    os.umask(0o022)
+    linux.set_name("minisandbox-l")
+    sock = socket.socket(fileno=CONTROL_FD)
+    sock.set_inheritable(False)
+    launcher = Launcher(sock)
+    try:
+        launcher.enter()
+    except LauncherError as error:
+        launcher._answer(0, {"error": str(error), "errno": error.number, "lacks": error.lacks})
+        return
+    launcher._answer(0, {"facts": launcher.facts, "max_payload": wire.MAX_PAYLOAD})
+    launcher.serve()

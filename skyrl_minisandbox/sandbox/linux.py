@@ -1,0 +1,222 @@
+"""The kernel's words: constants under their header names and one thin wrapper per system call.
+
+The only module that knows numbers. Every wrapper raises `OSError` that carries the path. Numbers are from the
+uapi headers of Linux 6.18; the system calls of 424 and up have one number on every architecture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import platform
+import signal
+import socket
+import struct
+
+# linux/sched.h
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_NEWTIME = 0x00000080
+CLONE_PIDFD = 0x00001000
+
+# linux/mount.h
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MNT_DETACH = 2
+MOUNT_ATTR_RDONLY = 0x00000001
+MOUNT_ATTR_NOSUID = 0x00000002
+MOUNT_ATTR_NODEV = 0x00000004
+MOUNT_ATTR_IDMAP = 0x00100000
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x00000004
+
+# linux/fcntl.h
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+PR_SET_SECCOMP = 22
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+SECCOMP_MODE_FILTER = 2
+
+# linux/capability.h
+CAP_CHOWN = 0
+CAP_DAC_OVERRIDE = 1
+CAP_FOWNER = 3
+CAP_FSETID = 4
+CAP_KILL = 5
+CAP_SETGID = 6
+CAP_SETUID = 7
+CAP_SETPCAP = 8
+CAP_NET_BIND_SERVICE = 10
+CAP_SETFCAP = 31
+CAP_LAST_CAP = 63
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+# linux/sockios.h, linux/if.h
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 0x1
+
+# asm/unistd.h: 424 and up are the same everywhere
+SYS_open_tree = 428
+SYS_move_mount = 429
+SYS_clone3 = 435
+SYS_close_range = 436
+SYS_mount_setattr = 442
+SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 41)
+SYS_capset = {"x86_64": 126, "aarch64": 91}.get(platform.machine(), 91)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# PyDLL keeps the GIL: the child of clone3 must go on as the only thread, in a consistent interpreter.
+_pylibc = ctypes.PyDLL(None, use_errno=True)
+
+
+def _check(result: int, call: str, path: str | None = None) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}", path)
+    return result
+
+
+def _bytes(value: str | None) -> bytes | None:
+    return None if value is None else os.fsencode(value)
+
+
+def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
+    """mount(2). `data` is at most one page (4 KiB)."""
+    result = _libc.mount(
+        _bytes(source), _bytes(target), _bytes(fstype), ctypes.c_ulong(flags), _bytes(data)
+    )
+    _check(result, f"mount {fstype or 'bind'}", target)
+
+
+def umount(target: str, flags: int = MNT_DETACH) -> None:
+    _check(_libc.umount2(_bytes(target), flags), "umount2", target)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    result = _libc.syscall(ctypes.c_long(SYS_pivot_root), _bytes(new_root), _bytes(put_old))
+    _check(result, "pivot_root", new_root)
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(flags), "unshare")
+
+
+def open_tree(path: str, flags: int = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC) -> int:
+    """A detached copy of the mount at `path` (not of mounts below it), as a file descriptor. Linux 5.2."""
+    result = _libc.syscall(ctypes.c_long(SYS_open_tree), AT_FDCWD, _bytes(path), ctypes.c_uint(flags))
+    return _check(int(result), "open_tree", path)
+
+
+def move_mount(from_fd: int, target: str) -> None:
+    """Attach a detached mount. Linux 5.2."""
+    result = _libc.syscall(
+        ctypes.c_long(SYS_move_mount), from_fd, b"", AT_FDCWD, _bytes(target),
+        ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH),
+    )
+    _check(int(result), "move_mount", target)
+
+
+def mount_setattr(fd: int, attr_set: int, userns_fd: int = 0) -> None:
+    """Set attributes of the mount behind `fd`. Linux 5.12."""
+    # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+    attr = struct.pack("QQQQ", attr_set, 0, 0, userns_fd)
+    result = _libc.syscall(
+        ctypes.c_long(SYS_mount_setattr), fd, b"", ctypes.c_uint(AT_EMPTY_PATH), attr, ctypes.c_size_t(len(attr))
+    )
+    _check(int(result), "mount_setattr")
+
+
+def clone3(flags: int) -> tuple[int, int]:
+    """Fork into new namespaces: (pid, pidfd) in the parent, (0, -1) in the child.
+
+    The interpreter is told before and after, as os.fork does; the caller must be single-threaded.
+    """
+    pidfd = ctypes.c_int(-1)
+    # struct clone_args, first version: 8 fields of 64 bits
+    arguments = struct.pack(
+        "QQQQQQQQ", flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0
+    )
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = _pylibc.syscall(ctypes.c_long(SYS_clone3), arguments, ctypes.c_size_t(len(arguments)))
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return 0, -1
+    number = ctypes.get_errno()
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(number, f"clone3: {os.strerror(number)}")
+    os.set_inheritable(pidfd.value, False)
+    return pid, pidfd.value
+
+
+def close_range(first: int, last: int) -> None:
+    """Close every descriptor from `first` to `last`. Linux 5.9."""
+    if first <= last:
+        _check(_libc.syscall(ctypes.c_long(SYS_close_range), ctypes.c_uint(first), ctypes.c_uint(last), 0),
+               "close_range")
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> None:
+    result = _libc.prctl(
+        option, ctypes.c_ulong(arg2), ctypes.c_ulong(arg3), ctypes.c_ulong(arg4), ctypes.c_ulong(arg5)
+    )
+    _check(result, f"prctl({option})")
+
+
+def set_name(name: str) -> None:
+    """The name that `ps` shows, at most 15 bytes."""
+    buffer = ctypes.create_string_buffer(name.encode()[:15])
+    prctl(PR_SET_NAME, ctypes.addressof(buffer))
+
+
+def set_capabilities(keep: tuple[int, ...]) -> None:
+    """Drop everything but `keep` from the bounding, effective and permitted sets; inheritable and ambient to none."""
+    for capability in range(CAP_LAST_CAP + 1):
+        if capability not in keep:
+            try:
+                prctl(PR_CAPBSET_DROP, capability)
+            except OSError:
+                break  # EINVAL: beyond this kernel's last capability
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    mask = sum(1 << capability for capability in keep)
+    header = struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    # struct __user_cap_data_struct twice: effective, permitted, inheritable of bits 0-31, then of 32-63
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    data = struct.pack("IIIIII", low, low, 0, high, high, 0)
+    _check(_libc.syscall(ctypes.c_long(SYS_capset), header, data), "capset")
+
+
+def set_seccomp(program: bytes) -> None:
+    """Install a BPF program (array of struct sock_filter) for this process and its children."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog: unsigned short len; struct sock_filter *filter
+    fprog = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
+    holder = ctypes.create_string_buffer(fprog, len(fprog))
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(holder))
+
+
+def loopback_up() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        # struct ifreq: name, flags
+        fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))

@@ -1,0 +1,192 @@
+"""Starting, watching and killing processes, from init's side."""
+
+from __future__ import annotations
+
+import collections
+import os
+import pwd
+import resource
+import signal
+from typing import Any
+
+from skyrl_minisandbox.sandbox import linux
+
+NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what a shell exits with
+
+# Commands die for memory before init does: raising one's own score needs no privilege.
+_OOM_SCORE = "500"
+_HIGHEST_FD = (1 << 32) - 1
+
+
+class Capture:
+    """Output of one command in order of arrival: the first half of the limit and the last half, per stream."""
+
+    def __init__(self, limit: int) -> None:
+        self._half = max(limit // 2, 1)
+        self._head: list[tuple[int, bytearray]] = []
+        self._tail: collections.deque[tuple[int, bytearray]] = collections.deque()
+        self._head_size = {1: 0, 2: 0}
+        self._tail_size = {1: 0, 2: 0}
+        self.dropped = {1: 0, 2: 0}
+
+    def add(self, stream: int, data: bytes) -> None:
+        room = self._half - self._head_size[stream]
+        if room > 0:
+            head, data = data[:room], data[room:]
+            self._head_size[stream] += len(head)
+            _append(self._head, stream, head)
+        if data:
+            self._tail_size[stream] += len(data)
+            _append(self._tail, stream, data)
+            self._trim(stream)
+
+    def _trim(self, stream: int) -> None:
+        while self._tail_size[stream] > 2 * self._half:
+            # Only whole chunks from the left, of either stream, so that the order stays.
+            old_stream, old = self._tail.popleft()
+            keep = self._half if len(old) > self._half and old_stream == stream else 0
+            cut = len(old) - keep
+            if keep:
+                self._tail.appendleft((old_stream, old[-keep:]))
+            self._tail_size[old_stream] -= cut
+            self.dropped[old_stream] += cut
+
+    def chunks(self) -> list[tuple[int, bytes]]:
+        """(stream, bytes) in order, a marker where something was cut."""
+        result = [(stream, bytes(data)) for stream, data in self._head]
+        for stream in (1, 2):
+            if self.dropped[stream]:
+                marker = f"\n[... {self.dropped[stream]} bytes of output were cut here ...]\n"
+                result.append((stream, marker.encode()))
+        return result + [(stream, bytes(data)) for stream, data in self._tail]
+
+
+def _append(chunks: Any, stream: int, data: bytes) -> None:
+    if chunks and chunks[-1][0] == stream and len(chunks[-1][1]) < 1 << 16:
+        chunks[-1][1].extend(data)
+    else:
+        chunks.append((stream, bytearray(data)))
+
+
+def spawn(
+    argv: list[str], *, env: dict[str, str], cwd: str, user: str | None, fds: dict[int, int],
+    rlimits: dict[int, int],
+) -> int:
+    """Fork and exec in a session of its own; returns the pid.
+
+    fds: target descriptor -> descriptor of ours. What fails after the fork is told the way a shell tells it: a line on
+    standard error and exit code 126 or 127.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        for target, fd in fds.items():
+            os.dup2(fd, target, inheritable=True)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        # A process that is not dumpable, as init's children are until they exec, may not write its own score. What
+        # others could see of it in the meantime is a copy of init without init's descriptors, and no secret.
+        linux.close_range(max(max(fds), 2) + 1, _HIGHEST_FD)
+        linux.prctl(linux.PR_SET_DUMPABLE, 1)
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(_OOM_SCORE)
+        for limit, value in rlimits.items():
+            resource.setrlimit(limit, (value, value))
+        if user is not None:
+            _become(user)
+        try:
+            os.chdir(cwd)
+        except OSError as error:
+            _complain(f"cannot start in {cwd}: {error.strerror}", NOT_EXECUTABLE)
+        os.execvpe(argv[0], argv, env)
+    except FileNotFoundError:
+        _complain(f"{argv[0]}: command not found", NOT_FOUND)
+    except (OSError, KeyError, ValueError) as error:
+        _complain(f"{argv[0]}: {error}", NOT_EXECUTABLE)
+    finally:
+        os._exit(NOT_EXECUTABLE)
+
+
+def _complain(text: str, code: int) -> None:
+    os.write(2, f"{text}\n".encode(errors="replace"))
+    os._exit(code)
+
+
+def _become(user: str) -> None:
+    entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    if entry.pw_uid == os.getuid():
+        return
+    os.setgroups(os.getgrouplist(entry.pw_name, entry.pw_gid))
+    os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
+    os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+
+
+def exit_code(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
+
+
+def _parents() -> dict[int, tuple[int, int]]:
+    """pid -> (parent, session) of every process inside."""
+    table = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            table[int(name)] = (int(fields[1]), int(fields[3]))
+    return table
+
+
+def descendants(root: int) -> set[int]:
+    """The processes below `root`, itself left out, and those of its session that lost their parent."""
+    table = _parents()
+    found: set[int] = set()
+    growing = True
+    while growing:
+        growing = False
+        for pid, (parent, session) in table.items():
+            if pid not in found and pid not in (1, root) and (
+                parent == root or parent in found or session == root
+            ):
+                found.add(pid)
+                growing = True
+    return found
+
+
+def kill_all(pids: set[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def kill_tree(root: int, spare: frozenset[int] = frozenset(), *, itself: bool = True) -> None:
+    """Kill `root` and what it started, until nothing new appears. `spare` and what is below it live on.
+
+    A process that left both the tree and the session (a daemon) is not found; it ends with the sandbox.
+    """
+    for _ in range(100):
+        spared = set(spare)
+        for pid in spare:
+            spared |= descendants(pid)
+        found = descendants(root) - spared
+        if itself:
+            found.add(root)
+        alive = {pid for pid in found if _running(pid)}
+        if not alive:
+            return
+        kill_all(alive)
+
+
+def _running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
