@@ -1,4 +1,4 @@
-"""Help texts: `-h` fits a screen, `--help` adds every key with its default, from the configuration's own comments."""
+"""Help: `-h` fits a screen, `--help` adds every key, from the comments of the configuration itself."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def overview(verbs: Mapping[str, Verb]) -> str:
     lines += _columns(COMMON)
     lines += [
         "",
-        "`minisandbox VERB -h` for one verb, `--help` for every key. Results go to stdout, progress to stderr.",
-        "exit codes: 0 done, 1 some result is not what was asked, 2 input, 3 the machine lacks something, 130",
-        "interrupted.",
+        "`minisandbox VERB -h` for one verb, `--help` for every key. Results go to stdout, progress to",
+        "stderr. Exit codes: 0 done, 1 some result is not what was asked, 2 input, 3 the machine lacks",
+        "something, 130 interrupted.",
     ]
     return "\n".join(lines)
 
@@ -42,7 +42,9 @@ def short_help(name: str, verb: Verb) -> str:
     """`minisandbox VERB -h`."""
     word = f" {'|'.join(verb.words)}" if verb.words else ""
     own = "".join(f" {key}=…" for key in verb.keys)
-    lines = [f"usage: minisandbox {name}{word}{own}{' [--json]' if verb.json else ''} [group=choice key=value …]"]
+    lines = [
+        f"usage: minisandbox {name}{word}{own}{' [--json]' if verb.json else ''} [group=choice key=value …]"
+    ]
     lines += ["", verb.summary, ""]
     if verb.keys:
         lines += _columns([(f"{key}=…", sentence) for key, sentence in verb.keys.items()])

@@ -43,7 +43,9 @@ VERBS: dict[str, Verb] = {
         keys={"task": "the id of the task whose image to show"},
         json=True,
     ),
-    "validate": Verb("check that tasks judge: empty fails, gold passes, it repeats, no future in it", json=True),
+    "validate": Verb(
+        "check that tasks judge: empty fails, gold passes, it repeats, no future in it", json=True
+    ),
     "rollout": Verb("run a scaffold on tasks and grade what it leaves"),
     "grade": Verb(
         "run the tests on finished patches",
@@ -71,7 +73,7 @@ class Request(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (0 done, 1 a result is not what was asked, 2 input, 3 machine, 130)."""
+    """Run one command and return its exit code; every error of ours is printed here and nowhere else."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(arguments)
@@ -110,7 +112,9 @@ def _main(arguments: list[str]) -> int:
     if sys.platform != "linux" and name != "tasks":
         from skyrl_minisandbox.errors import MachineError
 
-        raise MachineError("sandboxes need Linux", hint="run it on a Linux machine; `minisandbox tasks` works here")
+        raise MachineError(
+            "sandboxes need Linux", hint="run it on a Linux machine; `minisandbox tasks` works here"
+        )
     _end_on_signals()
     module = importlib.import_module(f"skyrl_minisandbox.cli.{name}")
     code: int = module.run(request)
@@ -149,8 +153,7 @@ def read(name: str, arguments: Sequence[str]) -> Request:
 def _end_on_signals() -> None:
     """SIGINT and SIGTERM end the command in order; a second one ends the process at once.
 
-    What that leaves (nothing may run what we would have run) goes with the process: sandboxes hang on a socket
-    that the kernel closes.
+    What that leaves goes with the process all the same: sandboxes hang on a socket that the kernel closes.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:

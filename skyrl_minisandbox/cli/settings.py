@@ -42,7 +42,8 @@ def load_settings(overrides: Sequence[str]) -> Settings:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise InputError(
-            f"`{missing[0]}` is not set", hint=" ".join(f"{key}=…" for key in missing) + " on the command line"
+            f"`{missing[0]}` is not set",
+            hint=" ".join(f"{key}=…" for key in missing) + " on the command line",
         )
     try:
         tree: Any = OmegaConf.to_container(composed, resolve=True)

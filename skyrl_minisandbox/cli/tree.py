@@ -163,7 +163,8 @@ def _check_key(key: str, tree: Any) -> None:
         node = node[part]
     if isinstance(node, dict) and node:
         raise InputError(
-            f"`{key}` has keys of its own: {', '.join(node)}", hint=f"set one of them: {key}.{next(iter(node))}=…"
+            f"`{key}` has keys of its own: {', '.join(node)}",
+            hint=f"set one of them: {key}.{next(iter(node))}=…",
         )
 
 

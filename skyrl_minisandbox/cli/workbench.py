@@ -1,0 +1,161 @@
+"""What most verbs work on: the tasks, their images, and sandboxes of them on this machine."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from skyrl_minisandbox.cli.output import Progress
+from skyrl_minisandbox.cli.settings import Settings
+from skyrl_minisandbox.errors import BuildError, InputError, MiniSandboxError
+
+if TYPE_CHECKING:
+    from skyrl_minisandbox.images import Cache, Image, Store
+    from skyrl_minisandbox.images.sources import Sources
+    from skyrl_minisandbox.sandbox import Sandbox
+    from skyrl_minisandbox.tasks import Task
+
+
+class Workbench:
+    """Settings, and what they name: made when first asked for."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The image store."""
+        from skyrl_minisandbox.images import Store
+
+        return Store(self.settings.env.images.store)
+
+    @functools.cached_property
+    def cache(self) -> Cache:
+        """This machine's cache."""
+        from skyrl_minisandbox.images import Cache
+
+        return Cache(self.settings.env.images.cache)
+
+    @functools.cached_property
+    def sources(self) -> Sources:
+        """Source distributions, kept below the cache."""
+        from skyrl_minisandbox.images.sources import Sources
+
+        return Sources(self.cache.path)
+
+    def tasks(self, ids: Sequence[str] | None = None) -> list[Task]:
+        """The tasks that the configuration names, or those of `ids` among its family. Raises `InputError`."""
+        from skyrl_minisandbox.tasks import load_tasks
+
+        chosen = self.settings.env.tasks
+        tasks = load_tasks(
+            chosen.name,
+            ids=list(ids) if ids is not None else chosen.ids or None,
+            repos=chosen.repos or None,
+            sources=self.sources,
+            base=chosen.base,
+            python=chosen.python or None,
+            path=chosen.path or None,
+        )
+        if not tasks:
+            raise InputError(f"tasks={chosen.name} has no tasks", hint="minisandbox tasks list")
+        return tasks
+
+    def one_task(self, given: str | None) -> Task:
+        """The task of `task=ID`, or the only one of `tasks.ids`. Raises `InputError`."""
+        ids = [given] if given else self.settings.env.tasks.ids
+        if len(ids) != 1:
+            raise InputError("which task?", hint="task=ID; `minisandbox tasks list` prints the ids")
+        return self.tasks(ids)[0]
+
+    def images(self, tasks: Sequence[Task]) -> dict[str, Image]:
+        """The image of each task by task id, built where it is missing, `builds` of them at a time.
+
+        Every build gets its chance; then the first failure is raised, with the number of the others.
+        """
+        from skyrl_minisandbox.images import build_image
+
+        missing = [task for task in tasks if self.store.find(task.recipe.digest()) is None]
+        found: dict[str, Image] = {}
+
+        def build(task: Task, progress: Callable[[str], None] | None) -> Image:
+            return build_image(
+                task.recipe,
+                store=self.store,
+                cache=self.cache,
+                pythons=self.settings.env.images.pythons,
+                progress=progress,
+            )
+
+        failed: list[tuple[str, MiniSandboxError]] = []
+        if missing:
+            with Progress("images to build", len(missing)) as progress:
+
+                def one(task: Task) -> None:
+                    try:
+                        found[task.id] = build(task, lambda text: progress.say(task.id, text))
+                        progress.done(task.id, "built")
+                    except MiniSandboxError as error:
+                        failed.append((task.id, error))
+                        progress.done(task.id, "failed")
+
+                in_threads([functools.partial(one, task) for task in missing], self.settings.builds)
+        if failed:
+            raise _build_failure(failed, len(missing))
+        for task in tasks:
+            if task.id not in found:
+                found[task.id] = build(task, None)  # the stored one, if it fits this machine
+        return found
+
+    @contextmanager
+    def opener(self, task: Task, image: Image) -> Iterator[Callable[[], Sandbox]]:
+        """Check the image out for as long as this lasts; gives what opens a fresh sandbox of it."""
+        from skyrl_minisandbox.sandbox import Sandbox
+
+        config = self.settings.env.sandbox
+        with self.cache.checkout(image, self.store) as checkout:
+            spec = checkout.sandbox_spec(limits=config.limits(), allow_degraded=tuple(config.allow_degraded))
+            yield lambda: Sandbox(spec)
+
+
+def _build_failure(failed: list[tuple[str, MiniSandboxError]], total: int) -> MiniSandboxError:
+    first = failed[0][1]
+    if len(failed) == 1:
+        return first
+    lines = "".join(f"\n  {task}: {error.message}" for task, error in failed)
+    failure = type(first) if len({type(error) for _, error in failed}) == 1 else BuildError
+    return failure(f"{len(failed)} of {total} images could not be built:{lines}", hint=first.hint)
+
+
+def end_sandboxes() -> None:
+    """End every sandbox of this process; whoever waits for one gets `SandboxGone`."""
+    if "skyrl_minisandbox.sandbox" in sys.modules:
+        from skyrl_minisandbox.sandbox import shutdown_launcher
+
+        shutdown_launcher()
+
+
+def in_threads(
+    jobs: Sequence[Callable[[], None]], count: int, *, on_error: Callable[[], None] = end_sandboxes
+) -> None:
+    """Run jobs in `count` threads until all are done, or one raises, or the user interrupts.
+
+    on_error: makes the jobs that still run come to an end; what they raise then is not looked at.
+    """
+    pool = ThreadPoolExecutor(max_workers=max(1, min(count, len(jobs))), thread_name_prefix="minisandbox")
+    pending: set[Future[None]] = {pool.submit(job) for job in jobs}
+    try:
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        on_error()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
