@@ -43,6 +43,7 @@ class Sandbox:
         self.spec = spec
         self._launcher = launcher or client.shared()
         self._lock = threading.Lock()
+        self._send_lock = threading.Lock()  # one frame at a time: `interrupt` comes in between
         self._closed = threading.Event()
         self._close_lock = threading.Lock()
         self._requests = 0
@@ -179,6 +180,16 @@ class Sandbox:
     def _absolute(self, path: str) -> str:
         return os.path.join(self.spec.workdir, path)
 
+    def interrupt(self) -> None:
+        """Kill every process inside but init, now: a command that another thread waits for ends with 137.
+
+        Not waited for; what is started afterwards runs. From any thread, at any time.
+        """
+        try:
+            self._raw_send(wire.frame(Ask.INTERRUPT, 0))
+        except SandboxGone:
+            pass
+
     def freeze(self) -> None:
         """Kill every process inside but init: from here on nothing changes by itself. Commands may follow."""
         with self._lock:
@@ -279,8 +290,9 @@ class Sandbox:
         if self._closed.is_set():
             raise SandboxGone("the sandbox is closed")
         try:
-            self._sock.settimeout(None)
-            self._sock.sendall(data)
+            with self._send_lock:
+                self._sock.settimeout(None)
+                self._sock.sendall(data)
         except OSError as error:
             raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
 

@@ -25,6 +25,7 @@ class Ask(enum.IntEnum):
     READ = 4  # JSON: path, limit
     WRITE = 5  # JSON: path, mode; DATA frames follow
     FREEZE = 6  # kill every process but init
+    INTERRUPT = 7  # the same at any time and without an answer: a command under way has its own
 
 
 class Answer(enum.IntEnum):
