@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from skyrl_minisandbox.cli.main import Request
@@ -138,18 +137,14 @@ class Driver:
                 metadata, done = output["metadata"], output["done"]
             metrics = env.get_metrics()
             record = RolloutRecord.from_json(metadata["record"])
-            details = {key: value for key, value in metadata.items() if key not in ("record", "patch")}
         except PolicyError as error:
             if not self.answered:
                 raise
-            record, metrics, details = _unanswered(task, env, error), {}, {}
-            metadata = {}
+            record, metrics, metadata = _unanswered(task, env, error), {}, {}
         finally:
             env.close()
         if not self.stopping:
-            self.directory.add(
-                record, metadata.get("patch", ""), self._model(), {**details, "metrics": metrics}
-            )
+            self.directory.add(record, self._model(), metadata, metrics)
         return record
 
     def _answer(self, policy: Policy | None, conversation: list[dict[str, str]]) -> str:

@@ -1,4 +1,10 @@
-"""A run directory: results.jsonl, predictions.jsonl, trajectories/, config.yaml.
+"""A run directory.
+
+    results.jsonl         a line for each rollout: the RolloutRecord
+    predictions.jsonl     the patches in SWE-bench's format
+    trajectories/ID.json  what the scaffold and the policy said; nothing of the hidden tests
+    grades/ID.json        verdict of each test, and the end of the log
+    config.yaml           the whole configuration
 
 Lines are appended and flushed as rollouts end, so that a run which is cut off keeps what it had.
 """
@@ -7,6 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +34,8 @@ class RunDirectory:
         self._results: IO[str] | None = None
         self._predictions: IO[str] | None = None
         try:
-            (path / "trajectories").mkdir(parents=True, exist_ok=True)
+            for name in ("trajectories", "grades"):
+                (path / name).mkdir(parents=True, exist_ok=True)
             self._results = (path / "results.jsonl").open("x")
             self._predictions = (path / "predictions.jsonl").open("w")
             (path / "config.yaml").write_text(_yaml(config))
@@ -37,21 +45,35 @@ class RunDirectory:
                 f"the run directory {path} cannot be written: {error.strerror}", hint="name another: out=DIR"
             ) from error
 
-    def add(self, record: RolloutRecord, patch: str, model: str, details: dict[str, Any]) -> None:
+    def add(
+        self, record: RolloutRecord, model: str, metadata: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> None:
         """Write one finished rollout.
 
-        details: what the trajectory file holds beside the record: conversation, tests, log. A full disk is a
-        `MachineError`: the lines so far are whole.
+        metadata: of its last `step`; empty when it got no end. Raises `MachineError` for a full disk; the lines
+        so far are whole.
         """
+        patch = metadata.get("patch", "")
         prediction = {"instance_id": record.task_id, "model_name_or_path": model, "model_patch": patch}
+        said = {
+            **record.to_json(),
+            "history_divergence": metadata.get("history_divergence", 0),
+            "metrics": dict(metrics),
+            "trajectory": metadata.get("trajectory", {}),
+        }
+        graded = {
+            **record.to_json(),
+            "tests": dict(metadata.get("tests", {})),
+            "log": metadata.get("log", ""),
+        }
         assert self._results is not None and self._predictions is not None
         try:
+            for directory, data in (("trajectories", said), ("grades", graded)):
+                text = json.dumps(data, indent=1, default=str)
+                (self.path / directory / f"{record.rollout_id}.json").write_text(text)
             with self._lock:
-                self._append(self._results, record.to_json())
                 self._append(self._predictions, prediction)
-            name = f"{record.rollout_id}.json"
-            text = json.dumps({**record.to_json(), **details}, indent=1, default=str)
-            (self.path / "trajectories" / name).write_text(text, errors="backslashreplace")
+                self._append(self._results, record.to_json())
         except OSError as error:
             raise MachineError(
                 f"the result of task {record.task_id} cannot be written to {self.path}: {error.strerror}",
