@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skyrl_minisandbox.sandbox.client import shutdown_launcher as shutdown_launcher
     from skyrl_minisandbox.sandbox.sandbox import Sandbox as Sandbox
     from skyrl_minisandbox.sandbox.sandbox import Shell as Shell
-    from skyrl_minisandbox.sandbox.client import shutdown_launcher as shutdown_launcher
     from skyrl_minisandbox.sandbox.spec import Bind as Bind
     from skyrl_minisandbox.sandbox.spec import CommandResult as CommandResult
     from skyrl_minisandbox.sandbox.spec import Limits as Limits

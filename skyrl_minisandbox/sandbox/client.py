@@ -54,6 +54,8 @@ class LauncherClient:
     """
 
     def __init__(self) -> None:
+        if sys.platform != "linux":
+            raise MachineError(f"sandboxes need Linux; this is {sys.platform}", hint="run this on a Linux machine")
         self._lock = threading.Lock()
         self._pending: dict[int, concurrent.futures.Future[tuple[dict[str, Any], list[int]]]] = {}
         self._number = 0
@@ -77,9 +79,7 @@ class LauncherClient:
         self.facts: dict[str, Any] = answer["facts"]
 
     def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        # The child must find the socket at CONTROL_FD: pass_fds keeps numbers, so move it there by a shell-free dup in
-        # the child's own argv would need code; subprocess maps standard descriptors only. The socket is stdin, and
-        # the launcher's first statement moves it.
+        # subprocess can place standard descriptors only: the socket comes as stdin, and the first statement moves it.
         boot = f"import os;os.dup2(0,{CONTROL_FD});os.dup2(os.open(os.devnull,os.O_RDONLY),0);{_BOOT}"
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", boot, _PACKAGE_ROOT],
@@ -107,6 +107,7 @@ class LauncherClient:
             else:
                 for fd in fds:
                     os.close(fd)
+        self._process.wait()  # a zombie would keep its cgroup directory from being swept
         with self._lock:
             self._closed = True
             left, self._pending = list(self._pending.values()), {}

@@ -2,8 +2,8 @@
 
 It lives in a mount namespace of its own, whose root is a tmpfs: `/host` is the machine, `/l/N` are layers (id-mapped
 where the kernel can), `/s` is where an upper is put together. A plain user's launcher first makes a user namespace in
-which it is root; from there on both go the same way: the overlay is mounted here, with the launcher's rights, and handed
-as a detached mount to a child made by one clone3 in namespaces of its own, which never had those rights.
+which it is root; from there on both go the same way: the overlay is mounted here, with the launcher's rights, and
+handed as a detached mount to a child made by one clone3 in namespaces of its own, which never had those rights.
 
 The owner's lifeline is the control socket: at its end the launcher exits, and every init with it (PDEATHSIG).
 Owner and launcher trust each other: messages between them are JSON, with descriptors beside them.
@@ -54,7 +54,7 @@ def _map_base() -> int | None:
     with open("/proc/self/uid_map") as file:
         for line in file:
             inside, _, count = (int(field) for field in line.split())
-            if inside <= RANGE_BASE and RANGE_BASE + RANGE_SIZE <= inside + count:
+            if inside <= RANGE_BASE and inside + count >= RANGE_BASE + RANGE_SIZE:
                 return RANGE_BASE
             if count >= 2 * RANGE_SIZE:
                 best = inside + count - RANGE_SIZE
@@ -106,6 +106,7 @@ class Launcher:
             raise LauncherError(f"a private root could not be made: {error}", error.errno or 0, "mounts") from error
         if self.root_mode:
             self._idmap_fd = self._holder_userns()
+        self.facts["tmpfs_upper"] = self.root_mode or self._tmpfs_holds_upper()
         self.facts.update(
             root_mode=self.root_mode, single_id=self.base is None,
             memory_cgroup=bool(self._cgroups and self._cgroups.memory),
@@ -148,6 +149,28 @@ class Launcher:
             os.close(write)
             os.waitpid(pid, 0)
             os.close(pidfd)
+
+    def _tmpfs_holds_upper(self) -> bool:
+        """Whether a plain user's overlay works over a tmpfs upper: on Linux 6.1, removing a lower directory is EIO."""
+        linux.mount("tmpfs", "/s", "tmpfs", 0, "mode=755,size=1m")
+        mounted = False
+        try:
+            for name in ("lower/d/e", "upper", "work"):
+                os.makedirs(f"/s/{name}")
+            linux.mount("overlay", "/x", "overlay", 0, "lowerdir=s/lower,upperdir=s/upper,workdir=s/work,userxattr")
+            mounted = True
+            os.rmdir("/x/d/e")
+            os.rmdir("/x/d")
+            os.mkdir("/x/d")
+            with open("/x/d/f", "w") as file:
+                file.write("x")
+            return os.listdir("/x/d") == ["f"]
+        except OSError:
+            return False
+        finally:
+            if mounted:
+                linux.umount("/x")
+            linux.umount("/s")
 
     def _write_maps(self, pid: int) -> None:
         text = f"0 {self.base} {RANGE_SIZE}" if self.base is not None else "0 0 1"

@@ -42,9 +42,9 @@ def _mounts(proc: str) -> list[tuple[str, str, str]]:
 
 
 def _start_time(proc: str, pid: int) -> str:
-    """Field 22 of /proc/PID/stat: with the pid it names a process once."""
-    text = Path(f"{proc}/{pid}/stat").read_text()
-    return text.rsplit(")", 1)[1].split()[19]
+    """Field 22 of /proc/PID/stat: with the pid it names a process once. "" for a process that has ended."""
+    fields = Path(f"{proc}/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return "" if fields[0] in ("Z", "X") else fields[19]
 
 
 def _sweep(parent: Path, proc: str) -> None:

@@ -86,9 +86,8 @@ def _dev(single_id: bool) -> None:
 
 def _mask(name: str, proc: str) -> None:
     path = f"{proc}/{name}"
-    if os.path.isfile(path) or name in ("kmsg", "sysrq-trigger"):
-        if os.path.lexists(path):
-            linux.mount(f"{HOST}/dev/null", path, None, linux.MS_BIND)
+    if os.path.lexists(path):
+        linux.mount(f"{HOST}/dev/null", path, None, linux.MS_BIND)
 
 
 def _proc_masks(proc: str) -> None:

@@ -118,6 +118,9 @@ def _become(user: str) -> None:
     entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
     if entry.pw_uid == os.getuid():
         return
+    with open("/proc/self/uid_map") as file:
+        if int(file.read().split()[2]) <= entry.pw_uid:
+            raise ValueError(f"user {user} is not mapped: a plain user's sandbox has root alone")
     os.setgroups(os.getgrouplist(entry.pw_name, entry.pw_gid))
     os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
     os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)

@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import os
+import secrets
+import select
 import shutil
 import socket
 import threading
@@ -15,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from skyrl_minisandbox.errors import SandboxError, SandboxGone
+from skyrl_minisandbox.errors import MachineError, SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox import client, limits, wire
 from skyrl_minisandbox.sandbox.spec import CommandResult, SandboxSpec
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
@@ -50,9 +52,14 @@ class Sandbox:
         self._shells = 0
         self._frames: list[tuple[int, int, bytes]] = []
         self._reader = wire.FrameReader()
-        self._owns_upper = False
         self._check(spec)
-        answer, fds = self._create()
+        self._upper = self._place_upper()
+        try:
+            answer, fds = self._create()
+        except BaseException:
+            if self._upper is not None:
+                remove_tree(self._upper)
+            raise
         self._box: int = answer["box"]
         self.pid: int = answer["pid"]  # of init, as the host sees it
         self._oom_path: str | None = answer["oom"]
@@ -82,17 +89,34 @@ class Sandbox:
 
     def _create(self) -> tuple[dict[str, Any], list[int]]:
         spec = self.spec
-        if spec.upper is not None:
-            spec.upper.mkdir(parents=True, exist_ok=True)
-            self._owns_upper = True
         return self._launcher.ask(
             "create",
             layers=[os.path.realpath(layer) for layer in spec.layers],
             binds=[{**dataclasses.asdict(bind), "source": os.path.realpath(bind.source)} for bind in spec.binds],
             keep=list(spec.keep), hostname=spec.hostname, network=spec.network,
             limits=dataclasses.asdict(spec.limits), private_tmp=spec.private_tmp,
-            upper=os.path.realpath(spec.upper) if spec.upper is not None else None,
+            upper=os.path.realpath(self._upper) if self._upper is not None else None,
         )
+
+    def _place_upper(self) -> Path | None:
+        """The directory of an upper on disk, made; None for a tmpfs."""
+        upper = self.spec.upper
+        if upper is None and not self._launcher.facts["tmpfs_upper"]:
+            if self.spec.scratch is None:
+                raise MachineError(
+                    "this kernel cannot hold a plain user's upper on tmpfs, and no directory for one on disk is given",
+                    hint="set `images.cache=DIR` to a directory on ext4, xfs or btrfs",
+                )
+            upper = self.spec.scratch / secrets.token_hex(8)
+        if upper is not None:
+            try:
+                upper.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise MachineError(
+                    f"the upper directory {upper} cannot be made: {error.strerror}",
+                    hint="set `images.cache=DIR` to a directory you can write to",
+                ) from error
+        return upper
 
     def _await_ready(self) -> None:
         kind, _, payload = self._next(time.monotonic() + READY_TIMEOUT)
@@ -251,8 +275,8 @@ class Sandbox:
                 pass  # the launcher is gone, and every sandbox with it
             with self._lock:
                 self._sock.close()
-            if self._owns_upper and self.spec.upper is not None:
-                remove_tree(self.spec.upper)
+            if self._upper is not None:
+                remove_tree(self._upper)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -291,7 +315,6 @@ class Sandbox:
             raise SandboxGone("the sandbox is closed")
         try:
             with self._send_lock:
-                self._sock.settimeout(None)
                 self._sock.sendall(data)
         except OSError as error:
             raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
@@ -335,11 +358,13 @@ class Sandbox:
     def _next(self, deadline: float | None) -> tuple[int, int, bytes]:
         """The next frame. Raises `SandboxGone` when there will be none."""
         while not self._frames:
-            try:
-                self._sock.settimeout(None if deadline is None else max(deadline - time.monotonic(), 0.001))
-                data = self._sock.recv(1 << 18)
-            except TimeoutError:
+            # The socket itself blocks, for senders on other threads; waiting with a deadline is poll's.
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            if not poll.poll(None if deadline is None else max(deadline - time.monotonic(), 0) * 1000):
                 self._break("it did not answer in time")
+            try:
+                data = self._sock.recv(1 << 18)
             except OSError as error:
                 raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
             if not data:

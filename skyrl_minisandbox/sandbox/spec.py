@@ -56,6 +56,7 @@ class SandboxSpec:
     network: "none" (loopback only) or "host" (the host's, for builds).
     upper: None for a tmpfs; a directory on disk for big ones (builds), whose file system must be able to hold an
         overlay upper. It must not exist or be empty; its content goes with the sandbox.
+    scratch: where an upper on disk is made when a tmpfs cannot hold one (a plain user on some kernels).
     private_tmp: mount a tmpfs at /tmp and /run, so that nothing of them gets into the upper (builds).
     allow_degraded: names of protections that may be missing; one missing and not named is an error.
     """
@@ -69,6 +70,7 @@ class SandboxSpec:
     network: str = "none"
     limits: Limits = Limits()
     upper: Path | None = None
+    scratch: Path | None = None
     private_tmp: bool = False
     allow_degraded: tuple[str, ...] = ()
 

@@ -1,0 +1,121 @@
+"""What this machine can do for a sandbox: tried, not guessed. The list that `minisandbox doctor` prints.
+
+A check is named for the pattern it looks for, never for the cure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from skyrl_minisandbox.errors import MiniSandboxError
+from skyrl_minisandbox.sandbox import client
+from skyrl_minisandbox.sandbox.sandbox import Sandbox
+from skyrl_minisandbox.sandbox.seccomp import AUDIT_ARCH
+from skyrl_minisandbox.sandbox.spec import Bind, SandboxSpec
+
+_OLDEST = (5, 11)  # overlayfs for plain users, and every system call of linux.py but the id-mapped mounts
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One check.
+
+    ok: it works. needed: nothing runs without it. what: what was found. cost: what is lost without it.
+    fix: what to do, "" when nothing is to be done.
+    """
+
+    name: str
+    ok: bool
+    needed: bool
+    what: str
+    cost: str = ""
+    fix: str = ""
+
+
+def features() -> list[Feature]:
+    """Run every check; a launcher of its own is started and ended. A check that cannot be run any more is left out."""
+    if sys.platform != "linux":
+        return [Feature("linux", False, True, f"this is {sys.platform}", "sandboxes are Linux namespaces", "use Linux")]
+    found = [_kernel(), _architecture()]
+    try:
+        launcher = client.LauncherClient()
+    except MiniSandboxError as error:
+        return [*found, Feature("user-namespaces", False, True, error.message, "no sandbox can be made", error.hint)]
+    try:
+        found.append(Feature("user-namespaces", True, True, "they can be made"))
+        found += _facts(launcher)
+        found.append(_sandbox(launcher))
+    finally:
+        launcher.close()
+    return found
+
+
+def _kernel() -> Feature:
+    release = platform.release()
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
+    return Feature(
+        "kernel", numbers >= _OLDEST, True, f"Linux {release}",
+        "rootless overlay and pidfds are missing", f"Linux {_OLDEST[0]}.{_OLDEST[1]} or newer",
+    )
+
+
+def _architecture() -> Feature:
+    machine = platform.machine()
+    return Feature(
+        "architecture", machine in AUDIT_ARCH, True, machine,
+        "there is no seccomp filter for it", f"one of {', '.join(sorted(AUDIT_ARCH))}",
+    )
+
+
+def _facts(launcher: client.LauncherClient) -> list[Feature]:
+    facts = launcher.facts
+    cgroups = facts["memory_cgroup"] and facts["pids_cgroup"]
+    return [
+        Feature(
+            "id-range", not facts["single_id"], False,
+            "root only: a single id is mapped" if facts["single_id"] else "65,536 users and groups are mapped",
+            "other users than root do not exist inside; owners are squashed to root",
+            "" if not facts["single_id"] else "run as root, where that is possible",
+        ),
+        Feature(
+            "memory-and-process-limits", cgroups, False,
+            "by cgroup" if cgroups else f"by rlimits; no cgroup: {facts['cgroup']}",
+            "memory is limited per process, not per sandbox, and running out of it is not told as `oom_killed`",
+            "" if cgroups else "delegate a cgroup with the memory and pids controllers (systemd: `Delegate=yes`)",
+        ),
+        Feature(
+            "upper-on-tmpfs", facts["tmpfs_upper"], False,
+            "works" if facts["tmpfs_upper"] else "this kernel fails to remove lower directories over it",
+            "what a sandbox writes goes to disk below `images.cache`, without a size limit",
+            "" if facts["tmpfs_upper"] else "a newer kernel (6.2 or later), or run as root",
+        ),
+    ]
+
+
+def _sandbox(launcher: client.LauncherClient) -> Feature:
+    """Make a sandbox over an empty layer with the machine's /usr, and run something in it."""
+    with tempfile.TemporaryDirectory(prefix="minisandbox-doctor-") as directory:
+        layer = Path(directory)
+        (layer / "usr").mkdir()
+        for name in ("bin", "lib", "lib64"):
+            if os.path.islink(f"/{name}"):
+                (layer / name).symlink_to(f"usr/{name}")
+        binds = [Bind("/usr", "/usr")]
+        binds += [Bind(f"/{name}", f"/{name}") for name in ("bin", "lib", "lib64")
+                  if os.path.isdir(f"/{name}") and not os.path.islink(f"/{name}")]
+        layer.chmod(0o755)
+        try:
+            with Sandbox(SandboxSpec((layer,), tuple(binds)), launcher) as sandbox:
+                result = sandbox.run(["sh", "-c", "echo alive"], timeout=30)
+        except MiniSandboxError as error:
+            return Feature("sandbox", False, True, error.message, "nothing can run here", error.hint)
+    works = result.stdout == b"alive\n"
+    return Feature(
+        "sandbox", works, True, "made, verified from inside, and gone" if works else result.output.strip(),
+        "nothing can run here", "" if works else "run `minisandbox doctor` as root to compare",
+    )
