@@ -49,7 +49,7 @@ VERBS: dict[str, Verb] = {
     "rollout": Verb("run a scaffold on tasks and grade what it leaves"),
     "grade": Verb(
         "run the tests on finished patches",
-        keys={"predictions": "JSONL or JSON file in SWE-bench's format: instance_id, model_patch"},
+        keys={"predictions": "JSONL or JSON in SWE-bench's format"},
         json=True,
     ),
     "shell": Verb(

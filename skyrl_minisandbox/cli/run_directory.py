@@ -50,8 +50,8 @@ class RunDirectory:
     ) -> None:
         """Write one finished rollout.
 
-        metadata: of its last `step`; empty when it got no end. Raises `MachineError` for a full disk; the lines
-        so far are whole.
+        metadata: of its last `step`; empty when it got no end.
+        Raises `MachineError` for a full disk; the lines so far are whole.
         """
         patch = metadata.get("patch", "")
         prediction = {"instance_id": record.task_id, "model_name_or_path": model, "model_patch": patch}

@@ -108,7 +108,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             if not own.match(name):
                 _check_key(name, plain)
         try:
-            return hydra_compose("config", choices + values)
+            composed: DictConfig = hydra_compose("config", choices + values)
+            return composed
         except (HydraException, OmegaConfBaseException) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise InputError(
