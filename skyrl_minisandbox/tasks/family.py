@@ -15,14 +15,14 @@ class FamilyOptions:
     """What a user may say about a task source.
 
     sources: gives released source distributions; asked only by families that need them.
-    base: base of the images, `host` or `debian`.
+    base: base of the images, `host` or `debian`; None: what suits the family.
     python: `3.12`, another interpreter than the tasks' own; None: theirs.
     path: file or directory that the family reads; None: its own default.
     repos: directory with local clones of the repositories.
     """
 
     sources: Callable[[], Sources]
-    base: str = "host"
+    base: str | None = None
     python: str | None = None
     path: Path | None = None
     repos: Path | None = None

@@ -30,7 +30,7 @@ def load_tasks(
     ids: Sequence[str] | None = None,
     repos: str | Path | None = None,
     sources: Sources | None = None,
-    base: str = "host",
+    base: str | None = None,
     python: str | None = None,
     path: str | Path | None = None,
 ) -> list[Task]:
@@ -41,7 +41,7 @@ def load_tasks(
     repos: directory with local clones of the repositories; needed to build their images, not to load.
     sources: where released source distributions come from; None: the user's package index, kept below
         the default cache directory.
-    base: base of the images, `host` or `debian`.
+    base: base of the images, `host` or `debian`; None: what suits the family.
     python: `3.12`, another interpreter than the tasks' own; None: theirs.
     path: file or directory that the family reads; None: its own default.
 
@@ -52,7 +52,7 @@ def load_tasks(
     family: Family = load_plugin("task source", source, FAMILIES, export=export)
     options = FamilyOptions(
         sources=(lambda: sources) if sources is not None else _default_sources,
-        base=base or "host",
+        base=base or None,
         python=python or None,
         path=Path(path) if path else None,
         repos=Path(repos) if repos else None,

@@ -88,7 +88,7 @@ def family(options: FamilyOptions) -> Mapping[str, TaskMaker]:
     for file in files:
         row = read_task_file(file)
         if row.id in makers:
-            raise TaskError(f"task file {file.name}, field `id`: `{row.id}` is in another file too", hint=_HINT)
+            raise TaskError(f"task file {file.name}, field `id`: another file has `{row.id}` too", hint=_HINT)
         makers[row.id] = _Maker(row, options)
     return makers
 
@@ -117,7 +117,7 @@ class _Maker:
             id=row.id,
             problem_statement=row.problem_statement,
             recipe=Recipe(
-                base=self.options.base,
+                base=self.options.base or "host",
                 python=python,
                 packages=row.pins,
                 index_cutoff=row.index_cutoff,
