@@ -86,10 +86,7 @@ def read_predictions(path: Path) -> list[dict[str, str]]:
     try:
         whole = json.loads(text)
         if isinstance(whole, dict) and "instance_id" not in whole:
-            whole = [
-                {"instance_id": key, **(value if isinstance(value, dict) else {})}
-                for key, value in whole.items()
-            ]
+            whole = [{"instance_id": key, **(value if isinstance(value, dict) else {})} for key, value in whole.items()]
         rows = [(f"entry {n}", row) for n, row in enumerate(whole if isinstance(whole, list) else [whole], 1)]
     except ValueError:
         for number, line in enumerate(text.splitlines(), 1):
@@ -105,14 +102,10 @@ def read_predictions(path: Path) -> list[dict[str, str]]:
 
 def _prediction(path: Path, place: str, row: Any) -> dict[str, str]:
     if not isinstance(row, dict):
-        raise InputError(
-            f"{path}, {place}: not an object", hint='{"instance_id": …, "model_patch": …} a line'
-        )
+        raise InputError(f"{path}, {place}: not an object", hint='{"instance_id": …, "model_patch": …} a line')
     for field in ("instance_id", "model_patch"):
         if field not in row:
-            raise InputError(
-                f"{path}, {place}: no field `{field}`", hint='{"instance_id": …, "model_patch": …} a line'
-            )
+            raise InputError(f"{path}, {place}: no field `{field}`", hint='{"instance_id": …, "model_patch": …} a line')
     patch = row["model_patch"]
     if patch is not None and not isinstance(patch, str):
         raise InputError(f"{path}, {place}: `model_patch` is neither a text nor null")

@@ -42,9 +42,7 @@ def short_help(name: str, verb: Verb) -> str:
     """`minisandbox VERB -h`."""
     word = f" {'|'.join(verb.words)}" if verb.words else ""
     own = "".join(f" {key}=…" for key in verb.keys)
-    lines = [
-        f"usage: minisandbox {name}{word}{own}{' [--json]' if verb.json else ''} [group=choice key=value …]"
-    ]
+    lines = [f"usage: minisandbox {name}{word}{own}{' [--json]' if verb.json else ''} [group=choice key=value …]"]
     lines += ["", verb.summary, ""]
     if verb.keys:
         lines += _columns([(f"{key}=…", sentence) for key, sentence in verb.keys.items()])

@@ -43,9 +43,7 @@ VERBS: dict[str, Verb] = {
         keys={"task": "the id of the task whose image to show"},
         json=True,
     ),
-    "validate": Verb(
-        "check that tasks judge: empty fails, gold passes, it repeats, no future in it", json=True
-    ),
+    "validate": Verb("check that tasks judge: empty fails, gold passes, it repeats, no future in it", json=True),
     "rollout": Verb("run a scaffold on tasks and grade what it leaves"),
     "grade": Verb(
         "run the tests on finished patches",
@@ -112,9 +110,7 @@ def _main(arguments: list[str]) -> int:
     if sys.platform != "linux" and name != "tasks":
         from skyrl_minisandbox.errors import MachineError
 
-        raise MachineError(
-            "sandboxes need Linux", hint="run it on a Linux machine; `minisandbox tasks` works here"
-        )
+        raise MachineError("sandboxes need Linux", hint="run it on a Linux machine; `minisandbox tasks` works here")
     _end_on_signals()
     module = importlib.import_module(f"skyrl_minisandbox.cli.{name}")
     code: int = module.run(request)

@@ -79,9 +79,7 @@ class Progress:
                 self._rich.stop()
                 self._rich = None
             if kind is None:
-                self._line(
-                    f"{self._title}: {self._headline_tail()} in {time.monotonic() - self._started:.1f} s"
-                )
+                self._line(f"{self._title}: {self._headline_tail()} in {time.monotonic() - self._started:.1f} s")
 
     def say(self, item: str, text: str) -> None:
         """`item` is now at `text`."""
@@ -91,9 +89,7 @@ class Progress:
                 return
             if item not in self._rows:
                 self._rows[item] = self._rich.add_task("", total=None)
-            self._rich.update(
-                self._rows[item], description=f"  {item}: {text}"[: self._rich.console.width - 14]
-            )
+            self._rich.update(self._rows[item], description=f"  {item}: {text}"[: self._rich.console.width - 14])
 
     def done(self, item: str, text: str) -> None:
         """`item` has come to its end, with `text` as its result."""

@@ -60,9 +60,7 @@ def make_policy(settings: Settings, task: Task) -> Policy:
     return load_policy(settings.policy["name"], task_id=task.id, **options)
 
 
-def drive(
-    settings: Settings, env: EnvConfig, tasks: Sequence[Task], directory: RunDirectory
-) -> list[RolloutRecord]:
+def drive(settings: Settings, env: EnvConfig, tasks: Sequence[Task], directory: RunDirectory) -> list[RolloutRecord]:
     """Run the rollouts, as many at once as there are slots; their records in the order of the tasks.
 
     Raises `PolicyError` when the policy never gave a single text; whatever is raised, nothing stays open.
@@ -85,9 +83,7 @@ def drive(
                 with lock:
                     records[task.id] = record
                 reward = "no reward" if record.reward is None else f"reward {record.reward:g}"
-                progress.done(
-                    task.id, f"{record.outcome}, {reward}" + (f": {record.error}" if record.error else "")
-                )
+                progress.done(task.id, f"{record.outcome}, {reward}" + (f": {record.error}" if record.error else ""))
 
             jobs = [functools.partial(one, task) for task in tasks]
             in_threads(jobs, settings.parallel or cluster.slots, on_error=driver.stop)

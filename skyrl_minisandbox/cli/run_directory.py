@@ -45,9 +45,7 @@ class RunDirectory:
                 f"the run directory {path} cannot be written: {error.strerror}", hint="name another: out=DIR"
             ) from error
 
-    def add(
-        self, record: RolloutRecord, model: str, metadata: Mapping[str, Any], metrics: Mapping[str, Any]
-    ) -> None:
+    def add(self, record: RolloutRecord, model: str, metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Write one finished rollout.
 
         metadata: of its last `step`; empty when it got no end.

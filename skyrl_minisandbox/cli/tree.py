@@ -128,8 +128,7 @@ def _parse(text: str) -> Override:
     except HydraException:
         raise InputError(
             f"cannot read `{text}`",
-            hint="write key=value; put quotes inside quotes round what has spaces, commas or brackets: "
-            "\"key='a, b'\"",
+            hint="write key=value; put quotes inside quotes round what has spaces, commas or brackets: \"key='a, b'\"",
         ) from None
     if one.type is not OverrideType.CHANGE or one.package:
         raise InputError(f"cannot read `{text}`", hint="write key=value, without `+`, `~` or `@`")

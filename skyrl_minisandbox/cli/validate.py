@@ -130,8 +130,7 @@ def _why(row: dict[str, Any], empty: TestReport, gold: TestReport, differing: li
 def _print(report: list[dict[str, Any]]) -> None:
     words = {True: "yes", False: "NO", None: "-"}
     rows = [
-        [row["task_id"], *(words[row[gate]] for gate in GATES), seconds(row["seconds"]), row["error"]]
-        for row in report
+        [row["task_id"], *(words[row[gate]] for gate in GATES), seconds(row["seconds"]), row["error"]] for row in report
     ]
     print_table(["task", *(gate.replace("_", " ") for gate in GATES), "seconds", "error"], rows, right=[5])
     print(f"\n{sum(row['valid'] for row in report)} of {len(report)} tasks are valid")

@@ -139,9 +139,7 @@ def end_sandboxes() -> None:
         shutdown_launcher()
 
 
-def in_threads(
-    jobs: Sequence[Callable[[], None]], count: int, *, on_error: Callable[[], None] = end_sandboxes
-) -> None:
+def in_threads(jobs: Sequence[Callable[[], None]], count: int, *, on_error: Callable[[], None] = end_sandboxes) -> None:
     """Run jobs in `count` threads until all are done, or one raises, or the user interrupts.
 
     on_error: makes the jobs that still run come to an end; what they raise then is not looked at.

@@ -1,0 +1,86 @@
+"""`minisandbox doctor`: what works on this machine, what the lack of it costs, and what mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from importlib import metadata
+from pathlib import Path
+
+from skyrl_minisandbox.cli.main import Request
+from skyrl_minisandbox.cli.output import print_json
+from skyrl_minisandbox.cli.settings import Settings, load_settings
+from skyrl_minisandbox.errors import MachineError, MiniSandboxError
+from skyrl_minisandbox.sandbox.features import Feature, features
+
+EXTRAS = (
+    ("extra-mini", "mini-swe-agent", "scaffold=mini cannot be used", 'pip install "skyrl-minisandbox[mini]"'),
+    ("extra-swerex", "swe-rex", "SWE-agent cannot be used", 'pip install "skyrl-minisandbox[swerex]"'),
+    ("extra-skyrl", "skyrl", "nothing can be trained here", 'pip install "skyrl-minisandbox[skyrl]"'),
+)
+"""Check, distribution, what its lack costs, what brings it."""
+
+
+def run(request: Request) -> int:
+    """Print every check. Raises `MachineError` (exit 3) when one that nothing runs without fails."""
+    settings = load_settings(request.overrides)
+    found = [*features(), cache_disk(settings), *extras()]
+    if request.json:
+        print_json([dataclasses.asdict(feature) for feature in found])
+    else:
+        for feature in found:
+            print("\n".join(lines(feature)))
+    broken = [feature for feature in found if feature.needed and not feature.ok]
+    if broken:
+        raise MachineError(
+            f"rollouts cannot run on this machine: {', '.join(feature.name for feature in broken)}",
+            hint=next((feature.fix for feature in broken if feature.fix), ""),
+        )
+    return 0
+
+
+def lines(feature: Feature) -> list[str]:
+    """`ok`, `weaker` or `BROKEN`, then what; cost and fix only where something is missing."""
+    word = "ok" if feature.ok else "BROKEN" if feature.needed else "weaker"
+    text = [f"{word:7} {feature.name}: {feature.what}"]
+    if not feature.ok:
+        for label, said in (("cost", feature.cost), ("fix", feature.fix)):
+            if said:
+                text += textwrap.wrap(f"{label}: {said}", 96, initial_indent=" " * 8, subsequent_indent=" " * 13)
+    return text
+
+
+def cache_disk(settings: Settings) -> Feature:
+    """Whether the cache directory can be written and can hold an overlay upper; made for the trial."""
+    from skyrl_minisandbox.images import Cache
+
+    path = settings.env.images.cache
+    cost = "no image can be built or checked out here"
+    fresh = not Path(path).exists()
+    try:
+        Cache(path).check_upper()
+    except MiniSandboxError as error:
+        return Feature("cache-directory", False, True, error.message, cost, error.hint)
+    finally:
+        if fresh and Path(path).is_dir():
+            _remove_if_unused(Path(path))
+    return Feature("cache-directory", True, True, f"{path} can be written and holds an overlay upper")
+
+
+def _remove_if_unused(path: Path) -> None:
+    """A trial leaves nothing: take away what making the cache made, unless something is in it by now."""
+    import shutil
+
+    if not any(path.glob("l/*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def extras() -> list[Feature]:
+    """The optional packages; found by their metadata, not imported."""
+    found = []
+    for name, distribution, cost, fix in EXTRAS:
+        try:
+            found.append(Feature(name, True, False, f"{distribution} {metadata.version(distribution)}"))
+        except metadata.PackageNotFoundError:
+            found.append(Feature(name, False, False, f"{distribution} is not installed", cost, fix))
+    return found
