@@ -50,6 +50,9 @@ REFRESH = 10.0
 OBJECT_STORE = 80 << 20
 """Bytes of our own Ray's object store; Ray refuses less than 75 MiB, and our messages do not use it."""
 
+_TOKEN = secrets.token_hex(32)
+"""For our own Ray (2.60), which else writes one into ~/.ray; one per process, because Ray reads it only once."""
+
 SOCKET_PATH = 107
 RAY_TAIL = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 """A unix socket's path has at most 107 bytes (unix(7)); Ray puts this much below its temporary directory."""
@@ -377,8 +380,9 @@ class RayConnection:
             started.result()
         except Exception as error:
             self.close()
+            why = next(filter(None, str(error).splitlines()), type(error).__name__)
             raise MachineError(
-                f"Ray does not start: {error}", hint="minisandbox rollout cluster=local runs without Ray"
+                f"Ray does not start: {why}", hint="minisandbox rollout cluster=local runs without Ray"
             ) from error
 
     def _own(self, config: EnvConfig) -> dict[str, Any]:
@@ -389,10 +393,9 @@ class RayConnection:
             parent = None  # the system's temporary directory; the claim finds it again
         self._claim = Claim(cache, parent, "ray-" if parent is not None else "minisandbox-")
         self._set("RAY_USAGE_STATS_ENABLED", "0")
-        if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
-            # Else Ray (2.60) writes a token of its own into ~/.ray
-            self._set("RAY_AUTH_MODE", "token")
-            self._set("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+            self._set("RAY_AUTH_TOKEN", _TOKEN)
+            self._saved["RAY_AUTH_MODE"] = None  # Ray sets it itself
         return {
             "address": "local",
             "num_cpus": 0,
@@ -429,7 +432,7 @@ class RayConnection:
         if self._keeper is not None:
             self._keeper.join(MARGIN)
         for name, value in self._saved.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         self._saved.clear()
         if self._claim is not None:
             self._claim.release()

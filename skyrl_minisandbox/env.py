@@ -288,7 +288,7 @@ def _task_by_id(config: EnvConfig, task_id: str) -> Task:
                 ids=[task_id],
                 path=tasks.path or None,
                 repos=tasks.repos or None,
-                sources=Sources(Path(config.images.cache)),
+                sources=Sources(Path(config.images.cache) / "sources"),
                 base=tasks.base,
                 python=tasks.python or None,
             )

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from skyrl_minisandbox.images.cache import Checkout
     from skyrl_minisandbox.rewards import TestReport
     from skyrl_minisandbox.sandbox import Sandbox
+    from skyrl_minisandbox.sandbox.client import LauncherClient
     from skyrl_minisandbox.scaffolds.scaffold import Scaffold, Submission
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class Rollout:
         self._aborted = False
         self._policy = InvertedPolicy(patience=request.bounds.idle)
         self._ready = threading.Event()  # the sandbox is there, or will never be
+        self._launcher: LauncherClient | None = None  # one for all its sandboxes, so that its death shows
         self._checkout: Checkout | None = None
         self._sandbox: Sandbox | None = None
         self._submission: Submission | None = None
@@ -205,10 +207,13 @@ class Rollout:
     # -- the scaffold's thread --------------------------------------------------------------------
 
     def _work(self) -> None:
+        from skyrl_minisandbox.sandbox.client import shared
+
         request = self.request
         try:
             scaffold = make_scaffold(request.scaffold)
             started = time.monotonic()
+            self._launcher = shared()
             self._checkout = self._check_out()
             self._seconds.checkout = time.monotonic() - started
             started = time.monotonic()
@@ -246,23 +251,22 @@ class Rollout:
     def _finish(self, ended_by: EndedBy | None) -> Turn:
         """Take the patch, end the sandbox, grade. `ended_by` None: the scaffold's own ending."""
         try:
-            self._policy.stop(ended_by or EndedBy.SUBMIT)
-            submission = self._submission if ended_by is None else None
-            error = str(submission.error) if submission is not None else ""
-            if ended_by is None:
-                ended_by = submission.ended_by if submission is not None else EndedBy.ERROR
-            if self._error is not None and submission is None:
-                ended_by = EndedBy.ERROR
-                error = one_line(self._error)
+            self._stop_scaffold(ended_by)
+            submission = self._submission
+            error = submission.error if submission is not None else ""
+            if submission is None and self._error is not None:
                 if isinstance(self._error, MiniSandboxError) and not isinstance(self._error, SandboxGone):
                     raise self._error
+                ended_by, error = ended_by or EndedBy.ERROR, one_line(self._error)
+            ended_by = ended_by or (submission.ended_by if submission is not None else EndedBy.ERROR)
             try:
                 patch = self._take_patch(submission)
             except SandboxGone as gone:
                 if not self._node_is_healthy():
                     raise
                 return self._ungraded(ended_by, error or one_line(gone))
-            self._end_scaffold()
+            if self._sandbox is not None:
+                self._sandbox.close()  # the agent's sandbox goes before grading starts
             return self._graded(patch, ended_by, error)
         except Exception as failure:
             return self._fail(failure)
@@ -377,10 +381,11 @@ class Rollout:
         from skyrl_minisandbox.sandbox import Sandbox
 
         checkout = self._checkout
-        if checkout is None:
+        if checkout is None or self._launcher is None:
             raise NodeError("the rollout was given up")
         request = self.request
-        sandbox = Sandbox(checkout.sandbox_spec(limits=request.limits, allow_degraded=request.allow_degraded))
+        spec = checkout.sandbox_spec(limits=request.limits, allow_degraded=request.allow_degraded)
+        sandbox = Sandbox(spec, self._launcher)
         with self._boxes:
             if not self._aborted:
                 self._sandboxes.append(sandbox)
@@ -389,17 +394,18 @@ class Rollout:
         raise NodeError("the rollout was given up")
 
     def _node_is_healthy(self) -> bool:
-        """The one probe: does a new sandbox of the same image work?"""
+        """The one probe: does a new sandbox of the same image, from the same launcher, work?"""
         try:
             with self._open_sandbox() as sandbox:
                 return sandbox.run(["true"], timeout=30).exit_code == 0
         except MiniSandboxError:
             return False
 
-    def _end_scaffold(self) -> None:
-        """The agent's sandbox goes before grading starts; its thread follows or costs the worker."""
-        if self._sandbox is not None:
-            self._sandbox.close()
+    def _stop_scaffold(self, ended_by: EndedBy | None) -> None:
+        """Have its thread end by itself (a command under way is killed), or it costs the worker."""
+        self._policy.stop(ended_by or EndedBy.SUBMIT)
+        if ended_by is EndedBy.TIME and self._sandbox is not None:
+            self._sandbox.interrupt()
         if not self._policy.wait_ended(CANCELLATION):
             logger.error("rollout %s: its scaffold ignores its end", self.request.rollout_id)
             self.stuck = True
