@@ -30,11 +30,13 @@ class _Bounded:
 
 
 class _Exporter:
-    def __init__(self, tar: tarfile.TarFile, base: int, opaque: str, limit: int) -> None:
+    def __init__(self, tar: tarfile.TarFile, base: int | None, opaque: str, limit: int) -> None:
         self._tar, self._base, self._opaque, self._limit = tar, base, opaque, limit
         self._links: dict[tuple[int, int], str] = {}
 
     def _owner(self, number: int) -> int:
+        if self._base is None:
+            return 0
         inside = number - self._base
         return inside if 0 <= inside < 65536 else 65534
 
@@ -111,14 +113,15 @@ class _Exporter:
 
 
 def export_upper(
-    stage_fd: int, out_fd: int, *, prefix: str, base: int, single_id: bool, max_bytes: int
+    stage_fd: int, out_fd: int, *, prefix: str, base: int | None, max_bytes: int
 ) -> None:
     """Write the upper below `stage_fd` to `out_fd` as an uncompressed tar.
 
     prefix: limits it to one directory, without a leading slash; names in the tar keep it. What is not there is empty.
-    base: the host's id of the inside's root. max_bytes: `OSError(EFBIG)` beyond it.
+    base: the host's id of the inside's root; None when root is all that there is.
+    max_bytes: `OSError(EFBIG)` beyond it.
     """
-    opaque = "user.overlay.opaque" if single_id else "trusted.overlay.opaque"
+    opaque = "user.overlay.opaque" if base is None else "trusted.overlay.opaque"
     with open(out_fd, "wb", closefd=False) as raw:
         out = _Bounded(raw, max_bytes)
         with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 18) as tar:  # type: ignore[call-overload]

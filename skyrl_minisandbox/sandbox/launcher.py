@@ -73,6 +73,7 @@ class Launcher:
         self.base: int | None = None
         self.root_mode = False
         self._idmap_fd = -1
+        self._own = (0, 0)  # a plain user's ids, which become the sandbox's root
         self._cgroups: limits.Cgroups | None = None
         self.facts: dict[str, Any] = {}
 
@@ -118,11 +119,11 @@ class Launcher:
             linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
             with open("/proc/self/setgroups", "w") as file:
                 file.write("deny")
+            # Not as 0: the maps of sandboxes are seen in terms of this namespace, and show the user's true id.
             for name, number in (("uid_map", uid), ("gid_map", gid)):
                 with open(f"/proc/self/{name}", "w") as file:
-                    file.write(f"0 {number} 1")
-            os.setresgid(0, 0, 0)
-            os.setresuid(0, 0, 0)
+                    file.write(f"{number} {number} 1")
+            self._own = (uid, gid)
         except OSError as error:
             raise LauncherError(
                 f"no user namespace can be made here: {error.strerror}", error.errno or 0, "userns"
@@ -173,10 +174,9 @@ class Launcher:
             linux.umount("/s")
 
     def _write_maps(self, pid: int) -> None:
-        text = f"0 {self.base} {RANGE_SIZE}" if self.base is not None else "0 0 1"
-        for name in ("uid_map", "gid_map"):
+        for name, own in zip(("uid_map", "gid_map"), self._own, strict=True):
             with open(f"{HOST}/proc/{pid}/{name}", "w") as file:
-                file.write(text)
+                file.write(f"0 {self.base} {RANGE_SIZE}" if self.base is not None else f"0 {own} 1")
 
     # Layers and uppers
 
@@ -228,10 +228,10 @@ class Launcher:
             else:
                 linux.mount(HOST + request["upper"], stage, None, linux.MS_BIND)
             staged = True
-            owner = self.base if self.base is not None else 0
+            owner = (self.base, self.base) if self.base is not None else self._own
             for directory in ("upper", "work"):
                 os.mkdir(f"{stage}/{directory}", 0o755)
-                os.chown(f"{stage}/{directory}", owner, owner)
+                os.chown(f"{stage}/{directory}", *owner)
             options = [
                 f"lowerdir={':'.join(lowers)}", f"upperdir=s/{name}/upper", f"workdir=s/{name}/work",
                 # No sync of what is thrown away; no features that make an upper depend on its lowers' inodes.
@@ -358,8 +358,8 @@ class Launcher:
                 from skyrl_minisandbox.sandbox.export import export_upper
 
                 export_upper(
-                    box.upper_fd, fds[0], prefix=request["prefix"], base=self.base or 0,
-                    single_id=self.base is None, max_bytes=request["max_bytes"],
+                    box.upper_fd, fds[0], prefix=request["prefix"], base=self.base,
+                    max_bytes=request["max_bytes"],
                 )
                 os._exit(0)
             except OSError as error:

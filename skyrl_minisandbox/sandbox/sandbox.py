@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from skyrl_minisandbox.errors import MachineError, SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox import client, limits, wire
@@ -136,7 +136,7 @@ class Sandbox:
         self,
         command: list[str] | str,
         *,
-        input: bytes | BinaryIO | None = None,
+        input: bytes | IO[bytes] | None = None,
         user: str | None = None,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
@@ -222,7 +222,7 @@ class Sandbox:
             if kind != Answer.DONE:
                 raise SandboxError(f"processes inside did not end: {payload[4:].decode(errors='replace')}")
 
-    def export_layer(self, file: BinaryIO, *, prefix: str = "", max_bytes: int = _EXPORT_LIMIT) -> None:
+    def export_layer(self, file: IO[bytes], *, prefix: str = "", max_bytes: int = _EXPORT_LIMIT) -> None:
         """Freeze, then write what differs from the layers as an uncompressed OCI layer tar.
 
         prefix: only this directory. Raises `OSError(EFBIG)` when it would be larger than `max_bytes`.
@@ -301,7 +301,7 @@ class Sandbox:
         self._raw_send(wire.frame(kind, self._requests, payload))
         return self._requests
 
-    def _send_data(self, request: int, data: bytes | BinaryIO) -> None:
+    def _send_data(self, request: int, data: bytes | IO[bytes]) -> None:
         if isinstance(data, bytes | bytearray | memoryview):
             for start in range(0, len(data), wire.CHUNK):
                 self._raw_send(wire.frame(Ask.DATA, request, bytes(data[start : start + wire.CHUNK])))

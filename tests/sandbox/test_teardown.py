@@ -1,0 +1,151 @@
+"""Nothing survives `close`, nor the death of whoever owned it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from skyrl_minisandbox.errors import SandboxGone
+from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
+from skyrl_minisandbox.sandbox.client import LauncherClient
+from tests.support import needs
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from tests.sandbox.conftest import base_binds
+from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
+sandbox = Sandbox(SandboxSpec((Path(sys.argv[1]),), base_binds()))
+sandbox.run("(setsid sleep 54321 &) ; sleep 54321 & true")
+print(sandbox.pid, sandbox._launcher.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def gone(pids: list[int], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def inside(init: int) -> list[int]:
+    """Host pids of everything in the pid namespace of `init`."""
+    namespace = os.readlink(f"/proc/{init}/ns/pid")
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.readlink(f"/proc/{name}/ns/pid") == namespace:
+                    found.append(int(name))
+            except OSError:
+                continue
+    return found
+
+
+def test_close_ends_daemons_too(spec: SandboxSpec) -> None:
+    sandbox = Sandbox(spec)
+    sandbox.run("(setsid sleep 54321 &) ; nohup sleep 54321 >/dev/null 2>&1 & true")
+    pids = inside(sandbox.pid) if os.geteuid() == 0 else [sandbox.pid]
+    assert len(pids) >= 2 or os.geteuid() != 0
+    sandbox.close()
+    assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_owner_takes_everything_along(layer: Path, sig: int) -> None:
+    root = Path(__file__).resolve().parents[2]
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(layer)], stdout=subprocess.PIPE, text=True, cwd=root)
+    assert owner.stdout is not None
+    init, launcher = map(int, owner.stdout.readline().split())
+    pids = [*inside(init), launcher] if os.geteuid() == 0 else [init, launcher]
+    owner.send_signal(sig)
+    owner.wait()
+    owner.stdout.close()
+    assert gone(pids)
+
+
+def test_a_killed_launcher_ends_its_sandboxes_and_the_next_one_starts_anew(spec: SandboxSpec) -> None:
+    launcher = LauncherClient()
+    sandbox = Sandbox(spec, launcher)
+    pids = inside(sandbox.pid) if os.geteuid() == 0 else [sandbox.pid]
+    os.kill(launcher.pid, signal.SIGKILL)
+    assert gone(pids)
+    with pytest.raises(SandboxGone):
+        sandbox.run("true")
+    sandbox.close()
+    with Sandbox(spec) as other:
+        assert other.run("echo on").output == "on\n"
+    launcher.close()
+
+
+def test_a_sandbox_outlives_the_thread_that_made_it(spec: SandboxSpec) -> None:
+    made: list[Sandbox] = []
+    thread = threading.Thread(target=lambda: made.append(Sandbox(spec)))
+    thread.start()
+    thread.join()
+    time.sleep(0.1)
+    with made[0] as sandbox:
+        assert sandbox.run("echo on").output == "on\n"
+
+
+def test_a_dropped_sandbox_ends(spec: SandboxSpec) -> None:
+    sandbox = Sandbox(spec)
+    pid = sandbox.pid
+    del sandbox
+    assert gone([pid])
+
+
+@needs("root", "cgroup")
+def test_cgroups_are_gone_after_close_and_swept_after_a_crash(spec: SandboxSpec) -> None:
+    def ours(launcher: LauncherClient) -> list[str]:
+        return [str(p) for p in Path("/sys/fs/cgroup").rglob(f"minisandbox-{launcher.pid}-*")]
+
+    first = LauncherClient()
+    Sandbox(spec, first).close()
+    assert ours(first) and not [p for d in ours(first) for p in Path(d).iterdir() if p.is_dir()]
+    first.close()
+    assert ours(first) == []
+    second = LauncherClient()
+    sandbox = Sandbox(spec, second)
+    os.kill(second.pid, signal.SIGKILL)
+    assert gone([sandbox.pid])
+    second.close()
+    assert ours(second) != []
+    third = LauncherClient()
+    assert ours(second) == []
+    third.close()
+
+
+def test_many_sandboxes_leave_no_descriptor_and_no_mount(spec: SandboxSpec) -> None:
+    launcher = LauncherClient()
+    Sandbox(spec, launcher).close()
+
+    def held() -> tuple[int, int, int]:
+        mine = len(os.listdir("/proc/self/fd"))
+        theirs = len(os.listdir(f"/proc/{launcher.pid}/fd")) if os.geteuid() == 0 else 0
+        mounts = len(Path(f"/proc/{launcher.pid}/mountinfo").read_text().splitlines()) if os.geteuid() == 0 else 0
+        return mine, theirs, mounts
+
+    before = held()
+    for _ in range(30):
+        with Sandbox(spec, launcher) as sandbox:
+            sandbox.shell().run("true")
+    assert held() == before
+    launcher.close()
