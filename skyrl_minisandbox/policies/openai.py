@@ -6,9 +6,11 @@ import json
 import os
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import requests
+import urllib3
 
 from skyrl_minisandbox.errors import InputError, PolicyError
 from skyrl_minisandbox.policies.policy import Message
@@ -111,7 +113,7 @@ class OpenAIPolicy:
         ) as answer:
             parts, size = [], 0
             # requests' own timeout is per read: an endpoint that sends a byte now and then would hold us.
-            for part in answer.iter_content(1 << 16):
+            for part in _as_it_arrives(answer):
                 parts.append(part)
                 size += len(part)
                 if time.monotonic() > end:
@@ -142,6 +144,20 @@ class OpenAIPolicy:
             f"the endpoint {self.url} does not answer for model `{self.model}`: {failure}",
             hint=f"curl {self.url.removesuffix('/chat/completions')}/models   (is it up, with this model?)",
         )
+
+
+def _as_it_arrives(answer: requests.Response) -> Iterator[bytes]:
+    """The body in the pieces that the socket gives; urllib3 1.x can only be asked for small ones."""
+    if not hasattr(answer.raw, "read1"):
+        yield from answer.iter_content(64)
+        return
+    try:
+        while part := answer.raw.read1(1 << 16, decode_content=True):
+            yield part
+    except urllib3.exceptions.ReadTimeoutError as error:
+        raise requests.Timeout(str(error)) from error
+    except urllib3.exceptions.HTTPError as error:
+        raise requests.ConnectionError(str(error)) from error
 
 
 def _reason(error: requests.RequestException) -> str:

@@ -153,11 +153,18 @@ def apply_patch(sandbox: Sandbox, patch: str, workdir: str) -> CommandResult:
     text = patch if patch.endswith("\n") else patch + "\n"
     return sandbox.run(
         [*GIT, "apply", "--whitespace=nowarn", "-"],
-        input=text.encode("utf-8", "surrogateescape"),
+        input=_as_bytes(text),
         cwd=workdir,
         env=GIT_ENV,
         timeout=GIT_TIMEOUT,
     )
+
+
+def _as_bytes(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a surrogate pair: no file has it, so git refuses the patch
+        return text.encode("utf-8", "replace")
 
 
 def _bring_tests(task: Task, sandbox: Sandbox) -> CommandResult | None:

@@ -173,7 +173,11 @@ class _Environment:
     ) -> dict[str, Any]:
         """Run `action["command"]`. Whatever it does is in the result; only a submission is raised."""
         command: str = action.get("command", "")
-        data = command.encode("utf-8", "surrogateescape")
+        try:
+            data = command.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can carry and a byte string cannot
+            data = command.encode("utf-8", "replace")
+            command = data.decode("utf-8")
         seconds = timeout or self.config.timeout
         by_argument = len(data) <= LONGEST_ARGUMENT and b"\0" not in data
         result = self._sandbox.run(
