@@ -1,0 +1,490 @@
+"""What init does once the room is set up: serve its owner's requests, one event at a time.
+
+One loop over descriptors: the owner's socket, the output of commands, the shells' control pipes, and a wake-up for
+ended children. Nothing that the inside controls can hold it: every descriptor is non-blocking, every wait has the
+nearest deadline, and what is not read here is bounded there.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import stat
+import time
+from typing import Any
+
+from skyrl_minisandbox.sandbox import processes, wire
+from skyrl_minisandbox.sandbox.bash import Bash
+from skyrl_minisandbox.sandbox.wire import Answer, Ask
+
+# How long a killed command may take to end before its result is given without it, seconds.
+_GRACE = 5.0
+_KILL_PAUSE = 0.05
+_STDIN_WINDOW = 1 << 20
+# What a pipe can hold at a command's end (1 MiB at most without privilege) is 16 chunks; what a background
+# process goes on writing is not the command's.
+_LAST_ROUNDS = 17
+
+
+class _Command:
+    """A command that runs, of `run` or of a shell."""
+
+    def __init__(self, request: int, pid: int, timeout: float | None, limit: int) -> None:
+        self.request = request
+        self.pid = pid
+        self.started = time.monotonic()
+        self.deadline = self.started + timeout if timeout is not None else None
+        self.capture = processes.Capture(limit)
+        self.outputs: dict[int, int] = {}  # descriptor -> stream
+        self.stdin = -1
+        self.pending = bytearray()
+        self.stdin_ends = False
+        self.timed_out = False
+        self.attempts = 0
+        self.shell: Bash | None = None
+
+
+class Server:
+    """The loop. `request` is the launcher's, as init got it."""
+
+    def __init__(self, request: dict[str, Any], sock: socket.socket) -> None:
+        self._sock = sock
+        self._sock.setblocking(False)
+        self._limits = request["limits"]
+        self._rlimits = {
+            resource.RLIMIT_NOFILE: self._limits["open_files"],
+            resource.RLIMIT_CORE: 0,
+        }
+        if request["single_id"] and not request["memory_cgroup"]:
+            self._rlimits[resource.RLIMIT_AS] = self._limits["memory"]
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if hard != resource.RLIM_INFINITY:
+            self._rlimits[resource.RLIMIT_NOFILE] = min(self._limits["open_files"], hard)
+        self._reader = wire.FrameReader()
+        self._outgoing = bytearray()
+        self._poll = select.epoll()
+        self._commands: dict[int, _Command] = {}  # request id -> command
+        self._by_output: dict[int, _Command | None] = {}  # None: a shell's control pipe
+        self._drains: set[int] = set()
+        self._shells: dict[str, Bash] = {}
+        self._writing: dict[int, _Writing] = {}  # request id -> file that DATA frames go into
+        self._coming: dict[int, tuple[dict[str, Any], bytearray]] = {}  # long shell commands, in DATA frames
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def serve(self) -> None:
+        """Until the owner's end of the socket closes."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._poll.register(self._wake_read, select.EPOLLIN)
+        self._poll.register(self._sock.fileno(), select.EPOLLIN)
+        while True:
+            for fd, events in self._poll.poll(self._wait()):
+                if fd == self._sock.fileno():
+                    if events & select.EPOLLOUT:
+                        self._flush()
+                    if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not self._receive():
+                        return
+                elif fd == self._wake_read:
+                    self._reap()
+                else:
+                    self._event(fd)
+            self._expire()
+
+    # The owner's requests
+
+    def _receive(self) -> bool:
+        try:
+            data = self._sock.recv(1 << 18)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        for kind, request, payload in self._reader.feed(data):
+            try:
+                self._handle(kind, request, payload)
+            except OSError as error:
+                self._error(request, error)
+        return True
+
+    def _handle(self, kind: int, request: int, payload: bytes) -> None:
+        if kind == Ask.DATA:
+            self._data(request, payload)
+            return
+        ask = json.loads(payload) if payload else {}
+        if kind == Ask.RUN:
+            self._run(request, ask)
+        elif kind == Ask.SHELL and "size" in ask:
+            self._coming[request] = (ask, bytearray())
+        elif kind == Ask.SHELL:
+            self._shell(request, ask)
+        elif kind == Ask.READ:
+            self._read(request, ask["path"], ask["limit"])
+        elif kind == Ask.WRITE:
+            self._writing[request] = _Writing(ask["path"], ask["mode"])
+        elif kind == Ask.FREEZE:
+            self._freeze(request)
+        elif kind == Ask.INTERRUPT:
+            try:
+                os.kill(-1, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # nobody but us
+
+    def _run(self, request: int, ask: dict[str, Any]) -> None:
+        out_read, out_write = os.pipe2(os.O_CLOEXEC)
+        err_read, err_write = os.pipe2(os.O_CLOEXEC)
+        if ask["input"]:
+            stdin, feed = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(feed, False)
+        else:
+            stdin, feed = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), -1
+        try:
+            pid = processes.spawn(
+                ask["argv"], env=ask["env"], cwd=ask["cwd"], user=ask["user"],
+                fds={0: stdin, 1: out_write, 2: err_write}, rlimits=self._rlimits,
+            )
+        except OSError as error:
+            # The process limit is reached, by what runs inside: a result, told as a shell would.
+            for fd in (out_read, err_read, feed):
+                if fd >= 0:
+                    os.close(fd)
+            self._refuse(request, f"cannot fork: {error.strerror}")
+            return
+        finally:
+            for fd in (stdin, out_write, err_write):
+                os.close(fd)
+        command = _Command(request, pid, ask["timeout"], self._limits["output"])
+        self._commands[request] = command
+        self._watch(command, out_read, 1)
+        self._watch(command, err_read, 2)
+        if feed >= 0:
+            command.stdin = feed
+            self._poll.register(feed, select.EPOLLOUT)
+            self._by_output[feed] = command
+
+    def _shell(self, request: int, ask: dict[str, Any]) -> None:
+        key = ask["shell"]
+        shell = self._shells.get(key)
+        if shell is None:
+            shell = self._shells[key] = Bash(key, ask["env"], ask["cwd"], ask["user"], self._rlimits)
+        try:
+            if not shell.pid:
+                shell.start()
+                self._poll.register(shell.control, select.EPOLLIN)
+                self._by_output[shell.control] = None
+            output = shell.begin(ask["command"])
+        except OSError as error:
+            self._refuse(request, f"cannot run in the shell: {error.strerror}")
+            return
+        command = _Command(request, shell.pid, ask["timeout"], self._limits["output"])
+        command.shell = shell
+        self._commands[request] = command
+        self._watch(command, output, 1)
+
+    def _refuse(self, request: int, text: str) -> None:
+        command = _Command(request, 0, None, self._limits["output"])
+        command.capture.add(2, f"{text}\n".encode())
+        self._commands[request] = command
+        self._finish(command, processes.NOT_EXECUTABLE)
+
+    def _watch(self, command: _Command, fd: int, stream: int) -> None:
+        os.set_blocking(fd, False)
+        command.outputs[fd] = stream
+        self._by_output[fd] = command
+        self._poll.register(fd, select.EPOLLIN)
+
+    def _data(self, request: int, payload: bytes) -> None:
+        file = self._writing.get(request)
+        if file is not None:
+            if payload:
+                file.add(payload)
+                return
+            del self._writing[request]
+            error = file.finish()
+            if error is not None:
+                self._error(request, error)
+            else:
+                self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
+            return
+        coming = self._coming.get(request)
+        if coming is not None:
+            ask, text = coming
+            if payload:
+                text += payload
+                return
+            del self._coming[request]
+            self._shell(request, {**ask, "command": text.decode("utf-8", "surrogateescape")})
+            return
+        command = self._commands.get(request)
+        if command is None or command.stdin < 0:
+            return  # it ended, or closed its input, before all of it came
+        if payload:
+            command.pending += payload
+        else:
+            command.stdin_ends = True
+        self._feed(command)
+
+    def _read(self, request: int, path: str, limit: int) -> None:
+        # O_NONBLOCK: a FIFO where a file is expected must not hold init.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(fd, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            size = 0
+            while chunk := file.read(wire.CHUNK):
+                size += len(chunk)
+                if size > limit:
+                    raise OSError(errno.EFBIG, f"larger than {limit} bytes", path)
+                self._send(Answer.BYTES, request, chunk)
+        self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
+
+    def _freeze(self, request: int) -> None:
+        """Kill every process but ourselves and wait until the last is gone."""
+        deadline = time.monotonic() + _GRACE
+        while time.monotonic() < deadline:
+            try:
+                os.kill(-1, signal.SIGKILL)
+            except ProcessLookupError:
+                break  # nobody but us
+            self._reap(wait=_KILL_PAUSE)
+        self._reap()
+        if any(name.isdigit() and name != "1" for name in os.listdir("/proc")):
+            raise OSError(errno.EBUSY, "processes inside did not end")
+        self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
+
+    # What happens inside
+
+    def _event(self, fd: int) -> None:
+        if fd in self._drains:
+            self._drain(fd)
+            return
+        if fd not in self._by_output:
+            return  # closed by an earlier event of this round
+        command = self._by_output[fd]
+        if command is None:
+            self._shell_told(fd)
+        elif fd == command.stdin:
+            self._feed(command)
+        else:
+            self._collect(command, fd)
+
+    def _collect(self, command: _Command, fd: int, rounds: int = 4) -> None:
+        """Take what a pipe has; a few chunks at a time, so that a flood does not keep the others waiting."""
+        for _ in range(rounds):
+            try:
+                data = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return
+            if not data:
+                self._close_output(command, fd)
+                return
+            command.capture.add(command.outputs[fd], data)
+
+    def _close_output(self, command: _Command, fd: int) -> None:
+        self._poll.unregister(fd)
+        os.close(fd)
+        del self._by_output[fd]
+        del command.outputs[fd]
+
+    def _feed(self, command: _Command) -> None:
+        try:
+            while command.pending:
+                del command.pending[: os.write(command.stdin, command.pending[: 1 << 16])]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            command.pending.clear()
+            command.stdin_ends = True
+        if command.stdin_ends and not command.pending:
+            self._close_stdin(command)
+        elif command.stdin >= 0:
+            # Nothing to write: do not be told that it could be.
+            self._poll.modify(command.stdin, select.EPOLLOUT if command.pending else 0)
+        self._throttle()
+
+    def _close_stdin(self, command: _Command) -> None:
+        if command.stdin >= 0:
+            self._poll.unregister(command.stdin)
+            os.close(command.stdin)
+            del self._by_output[command.stdin]
+            command.stdin = -1
+        self._throttle()
+
+    def _throttle(self) -> None:
+        """Stop reading the owner's socket while a command is slow in taking its input."""
+        waiting = any(len(command.pending) > _STDIN_WINDOW for command in self._commands.values())
+        events = (0 if waiting else select.EPOLLIN) | (select.EPOLLOUT if self._outgoing else 0)
+        self._poll.modify(self._sock.fileno(), events)
+
+    def _drain(self, fd: int) -> None:
+        """A background process goes on writing after its command's end: read and throw away, so that it lives."""
+        try:
+            for _ in range(4):
+                if not os.read(fd, 1 << 16):
+                    break
+            else:
+                return
+        except BlockingIOError:
+            return
+        self._drains.discard(fd)
+        self._poll.unregister(fd)
+        os.close(fd)
+
+    def _reap(self, wait: float = 0.0) -> None:
+        if wait:
+            select.select([self._wake_read], [], [], wait)
+        try:
+            while os.read(self._wake_read, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._ended(pid, processes.exit_code(status))
+
+    def _ended(self, pid: int, code: int) -> None:
+        for command in list(self._commands.values()):
+            if command.pid == pid and command.shell is None:
+                self._finish(command, code)
+        for shell in self._shells.values():
+            if shell.pid == pid:
+                self._shell_ended(shell, code)
+
+    def _shell_told(self, fd: int) -> None:
+        shell = next(shell for shell in self._shells.values() if shell.control == fd)
+        command = next((c for c in self._commands.values() if c.shell is shell), None)
+        try:
+            told = shell.told()
+        except EOFError:
+            # Nobody holds the pipe: bash has ended, which is told next, or was replaced (`exec`) by a program that
+            # is now the command. After that program there is no shell: its end is the end of both.
+            self._forget_control(shell)
+            if command is None:
+                processes.kill_all({shell.pid})
+            return
+        if told is not None and command is not None:
+            self._finish(command, told[0])
+
+    def _shell_ended(self, shell: Bash, code: int) -> None:
+        try:
+            told = shell.told()  # ended right after it told
+        except EOFError:
+            told = None
+        self._forget_control(shell)
+        shell.end()
+        for command in list(self._commands.values()):
+            if command.shell is shell:
+                self._finish(command, told[0] if told else code, shell.notice())
+
+    def _forget_control(self, shell: Bash) -> None:
+        if self._by_output.pop(shell.control, self) is None:
+            self._poll.unregister(shell.control)
+            shell.replaced = True
+
+    def _wait(self) -> float | None:
+        deadlines = [command.deadline for command in self._commands.values() if command.deadline is not None]
+        if not deadlines:
+            return None
+        return max(0.0, min(deadlines) - time.monotonic())
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for command in list(self._commands.values()):
+            if command.deadline is None or now < command.deadline:
+                continue
+            if command.timed_out and command.attempts * _KILL_PAUSE > _GRACE:
+                self._finish(command, 0)  # unkillable (in the kernel): do not wait for it
+                continue
+            command.timed_out = True
+            command.attempts += 1
+            command.deadline = now + _KILL_PAUSE
+            if command.shell is not None:
+                command.shell.interrupt(command.attempts)
+            else:
+                processes.kill_tree(command.pid)
+
+    def _finish(self, command: _Command, code: int, notice: str = "") -> None:
+        del self._commands[command.request]
+        self._close_stdin(command)
+        for fd in list(command.outputs):
+            self._collect(command, fd, rounds=_LAST_ROUNDS)
+        for fd in list(command.outputs):  # still open: a background process holds it
+            self._drains.add(fd)
+            del self._by_output[fd]
+        if command.shell is not None:
+            command.shell.opened()
+        flags = wire.TIMED_OUT if command.timed_out else 0
+        if any(command.capture.dropped.values()):
+            flags |= wire.TRUNCATED
+        if os.statvfs("/").f_bavail == 0:
+            flags |= wire.DISK_FULL
+        for stream, data in command.capture.chunks():
+            kind = Answer.STDOUT if stream == 1 else Answer.STDERR
+            for start in range(0, len(data), wire.CHUNK):
+                self._send(kind, command.request, data[start : start + wire.CHUNK])
+        seconds = time.monotonic() - command.started
+        code = 124 if command.timed_out else code
+        self._send(Answer.DONE, command.request, wire.DONE.pack(code, flags, seconds) + notice.encode(errors="replace"))
+
+    # Answers
+
+    def _error(self, request: int, error: OSError) -> None:
+        text = (error.strerror or str(error)).encode(errors="replace")[:1000]
+        self._send(Answer.ERROR, request, wire.ERRNO.pack(error.errno or errno.EIO) + text)
+
+    def _send(self, kind: Answer, request: int, payload: bytes) -> None:
+        self._outgoing += wire.frame(kind, request, payload)
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._outgoing:
+                del self._outgoing[: self._sock.send(self._outgoing)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            os._exit(0)  # the owner is gone
+        self._throttle()
+
+
+class _Writing:
+    """A file that DATA frames go into. What fails is told when all data has come, so that the stream stays in step."""
+
+    def __init__(self, path: str, mode: int) -> None:
+        self._fd = -1
+        self._error: OSError | None = None
+        try:
+            os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
+            # O_NONBLOCK: a FIFO where a file is expected must not hold init.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            self._fd = os.open(path, flags, mode)
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            os.ftruncate(self._fd, 0)
+            os.fchmod(self._fd, mode)
+        except OSError as error:
+            self._error = error
+
+    def add(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view and self._error is None:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            self._error = error
+
+    def finish(self) -> OSError | None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        return self._error
