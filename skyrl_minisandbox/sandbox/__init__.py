@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skyrl_minisandbox.sandbox.client import owner_shift as owner_shift
     from skyrl_minisandbox.sandbox.client import shutdown_launcher as shutdown_launcher
     from skyrl_minisandbox.sandbox.sandbox import Sandbox as Sandbox
     from skyrl_minisandbox.sandbox.sandbox import Shell as Shell
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from skyrl_minisandbox.sandbox.spec import Limits as Limits
     from skyrl_minisandbox.sandbox.spec import SandboxSpec as SandboxSpec
 
-__all__ = ["Bind", "CommandResult", "Limits", "Sandbox", "SandboxSpec", "Shell", "shutdown_launcher"]
+__all__ = ["Bind", "CommandResult", "Limits", "Sandbox", "SandboxSpec", "Shell", "owner_shift", "shutdown_launcher"]
 
-_WHERE = {"Sandbox": "sandbox", "Shell": "sandbox", "shutdown_launcher": "client"}
+_WHERE = {"Sandbox": "sandbox", "Shell": "sandbox", "owner_shift": "client", "shutdown_launcher": "client"}
 
 
 def __getattr__(name: str) -> Any:

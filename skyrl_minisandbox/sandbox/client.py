@@ -181,6 +181,16 @@ def shared() -> LauncherClient:
         return _shared
 
 
+def owner_shift(directory: Path) -> int:
+    """What must be added to the owners of layers unpacked below `directory`, so that a sandbox sees them as they are.
+
+    0 where the kernel id-maps mounts of that file system under an overlay, and for a plain user; else the base of our
+    range of ids. Raises `MachineError` where no sandbox can be made at all.
+    """
+    answer, _ = shared().ask("owner_shift", path=os.path.realpath(directory))
+    return int(answer["shift"])
+
+
 def shutdown_launcher() -> None:
     """End the shared launcher, if there is one, and with it every sandbox made through it."""
     global _shared

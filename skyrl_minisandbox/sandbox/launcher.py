@@ -215,6 +215,32 @@ class Launcher:
             os.close(fd)
             raise
 
+    def owner_shift(self, number: int, request: dict[str, Any]) -> None:
+        """Answer how far the owners of layers below a directory must be shifted: 0 where an overlay can stand on an
+        id-mapped mount of it (Linux 5.19, and a file system that has them), else the base of our range."""
+        shift = 0
+        if self._idmap_fd >= 0:
+            fd = linux.open_tree(HOST + request["path"])
+            staged = attached = mounted = False
+            try:
+                linux.mount("tmpfs", "/s", "tmpfs", 0, "mode=755,size=1m")
+                staged = True
+                for name in ("lower", "upper", "work"):
+                    os.mkdir(f"/s/{name}")
+                linux.mount_setattr(fd, linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_IDMAP, self._idmap_fd)
+                linux.move_mount(fd, "/s/lower")
+                attached = True
+                linux.mount("overlay", "/x", "overlay", 0, "lowerdir=s/lower,upperdir=s/upper,workdir=s/work")
+                mounted = True
+            except OSError:
+                shift = self.base or 0
+            finally:
+                os.close(fd)
+                for there, path in ((mounted, "/x"), (attached, "/s/lower"), (staged, "/s")):
+                    if there:
+                        linux.umount(path)
+        self._answer(number, {"shift": shift})
+
     def _overlay(self, request: dict[str, Any], name: str) -> tuple[int, int]:
         """Mount the overlay: (detached mount, directory that holds upper and work)."""
         lowers = [self._lower(path) for path in reversed(request["layers"])]
@@ -409,6 +435,8 @@ class Launcher:
                 self._answer(number, answer, sent)
             elif verb == "destroy":
                 self.destroy(number, message)
+            elif verb == "owner_shift":
+                self.owner_shift(number, message)
             elif verb == "export":
                 self.export(number, message, list(fds))
         except LauncherError as error:
