@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ def run(request: Request) -> int:
     if not scaffold.privileged and settings.env.scaffold.name != "empty":
         for task in tasks:
             make_policy(settings, task)
+    check_machine(settings.env)
     bench.images(tasks)
     directory = RunDirectory(out, settings.tree)
     try:
@@ -52,6 +54,18 @@ def run(request: Request) -> int:
     print_records(records)
     print(f"run directory: {out}")
     return 1 if any(record.outcome is Outcome.INFRA_ERROR for record in records) else 0
+
+
+def check_machine(env: EnvConfig) -> None:
+    """Raises `MachineError` when this machine is to run rollouts and can make no sandbox.
+
+    With a Ray that is joined the nodes run them, and this may be a head node that cannot.
+    """
+    if env.cluster.kind == "ray" and (env.cluster.address or os.environ.get("RAY_ADDRESS")):
+        return
+    from skyrl_minisandbox.sandbox.client import shared
+
+    shared()
 
 
 def make_policy(settings: Settings, task: Task) -> Policy:

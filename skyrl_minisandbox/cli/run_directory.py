@@ -5,6 +5,7 @@
     trajectories/ID.json  what the scaffold and the policy said; nothing of the hidden tests
     grades/ID.json        verdict of each test, and the end of the log
     config.yaml           the whole configuration
+    driver.log, logs/     what this process and those of the nodes had to say
 
 Lines are appended and flushed as rollouts end, so that a run which is cut off keeps what it had.
 """
@@ -12,6 +13,8 @@ Lines are appended and flushed as rollouts end, so that a run which is cut off k
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +33,8 @@ class RunDirectory:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         check_unused(path)
         self.path = path
+        self._new = not path.exists()
+        self._log: logging.Handler | None = None
         self._lock = threading.Lock()  # keeps lines whole
         self._results: IO[str] | None = None
         self._predictions: IO[str] | None = None
@@ -39,11 +44,15 @@ class RunDirectory:
             self._results = (path / "results.jsonl").open("x")
             self._predictions = (path / "predictions.jsonl").open("w")
             (path / "config.yaml").write_text(_yaml(config))
+            self._log = logging.FileHandler(path / "driver.log")
         except OSError as error:
             self.close()
             raise MachineError(
                 f"the run directory {path} cannot be written: {error.strerror}", hint="name another: out=DIR"
             ) from error
+        # What the driver's process logs would tear the display apart, and says more than a user asked for.
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(self._log)
 
     def add(self, record: RolloutRecord, model: str, metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Write one finished rollout.
@@ -84,10 +93,15 @@ class RunDirectory:
         file.flush()
 
     def close(self) -> None:
-        """Idempotent."""
-        for file in (self._results, self._predictions):
+        """Idempotent. A directory that this made and that got no result is taken away again."""
+        for file in (self._results, self._predictions, self._log):
             if file is not None:
                 file.close()
+        if self._log is not None:
+            logging.getLogger().removeHandler(self._log)
+        results = self.path / "results.jsonl"
+        if self._new and results.exists() and not results.stat().st_size:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def check_unused(path: Path) -> None:

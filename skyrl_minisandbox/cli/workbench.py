@@ -45,7 +45,7 @@ class Workbench:
         """Source distributions, kept below the cache."""
         from skyrl_minisandbox.images.sources import Sources
 
-        return Sources(self.cache.path)
+        return Sources(self.cache.path / "sources")
 
     def tasks(self, ids: Sequence[str] | None = None) -> list[Task]:
         """The tasks that the configuration names, or those of `ids` among its family. Raises `InputError`."""
@@ -89,6 +89,8 @@ class Workbench:
                 cache=self.cache,
                 pythons=self.settings.env.images.pythons,
                 progress=progress,
+                name=task.id,
+                sources=self.sources,
             )
 
         failed: list[tuple[str, MiniSandboxError]] = []

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from skyrl_minisandbox.images.cache import Cache
 from skyrl_minisandbox.images.image import Image
 from skyrl_minisandbox.images.interpreters import Interpreter
 from skyrl_minisandbox.images.layer import Layer, LayerWriter, pack_tree
-from skyrl_minisandbox.images.locks import full_disk
+from skyrl_minisandbox.images.locks import disk_room, full_disk
 from skyrl_minisandbox.images.recipe import GitCommit, Recipe
 from skyrl_minisandbox.images.sources import Sources
 from skyrl_minisandbox.images.store import BlobMissing, Store
@@ -120,8 +121,9 @@ class _Build:
     def run(self) -> Image:
         recipe = self.recipe
         self._base()
-        python, version = self._python()
-        self._environment(python, version)
+        if self._has_python():
+            python, version = self._python()
+            self._environment(python, version)
         self._repository()
         for number, command in enumerate(recipe.commands, 1):
             self._command(command, f"command {number}/{len(recipe.commands)}")
@@ -138,8 +140,14 @@ class _Build:
             lock={**self.lock, "base": self.base},
         )
 
+    def _has_python(self) -> bool:
+        """Whether there is an /opt/env at all: not for a recipe that names neither a Python nor a package."""
+        return bool(self.recipe.python or self.recipe.packages or self.recipe.build_packages)
+
     def _image_env(self) -> dict[str, str]:
-        env = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": steps.ENV}
+        env = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+        if self._has_python():
+            env["VIRTUAL_ENV"] = steps.ENV
         return {**env, **self.recipe.env}
 
     # the steps, bottom up
@@ -151,9 +159,9 @@ class _Build:
                 place.mkdir()
                 self.binds, self.keep = host.make_root(place), host.KEEP
                 words = ["host", json.dumps(self.base, sort_keys=True), json.dumps(self.binds)]
-                self._step("base host", words, lambda: (self._pack(place, "", "base host"), {}))
+                self._step("base host", words, lambda: (self._pack(place), {}))
             return
-        packages = list(self.recipe.system_packages) + ([] if self.recipe.python else ["python3"])
+        packages = list(self.recipe.system_packages) + (["python3"] if not self.recipe.python and self._has_python() else [])
         words = debian.step_words(packages)
         self.base = {"kind": "debian", "suite": words[1], "machine": platform.machine()}
 
@@ -253,7 +261,7 @@ class _Build:
                         repository.package, repository.version, repository.sha256, repository.filename
                     )
                     script = steps.sdist_script(archive.name, self.recipe.workdir)
-                    source = open(archive, "rb")  # noqa: SIM115  closed below
+                    source = open(archive, "rb")
                 with source, self._sandbox() as sandbox:
                     self._run(sandbox, "repository", script, input=source, cwd="/")
                     return self._export(sandbox, "repository"), {}
@@ -267,6 +275,7 @@ class _Build:
         def make() -> tuple[Layer, dict[str, Any]]:
             access = self._access()
             with self._sandbox(access) as sandbox:
+                self._run(sandbox, label, f"mkdir -p {shlex.quote(self.recipe.workdir)}", cwd="/")
                 self._run(sandbox, label, command, cwd=self.recipe.workdir, access=access)
                 return self._export(sandbox, label), {}
 
@@ -285,15 +294,20 @@ class _Build:
                 known = self.store.step(self.key)
                 if known is None:
                     self.tell(label)
-                    layer, facts = make()
+                    with disk_room(self.cache.path):
+                        layer, facts = make()
                     self.store.put_step(self.key, layer, facts)
                     known = layer, facts
         self.layers.append(dataclasses.replace(known[0], name=label))
         return known[1]
 
-    def _pack(self, directory: Path, prefix: str, name: str) -> Layer:
-        owner = lambda inside, found: (1000, 1000) if inside == "home/user" else (0, 0)  # noqa: E731
-        return self.store.put_layer(lambda sink: pack_tree(directory, _binary(sink), prefix, owner=owner), name)
+    def _pack(self, directory: Path) -> Layer:
+        """The root file system of base `host`; everything is root's but the user's home."""
+
+        def owner(inside: str, found: os.stat_result) -> tuple[int, int]:
+            return (1000, 1000) if inside == "home/user" else (0, 0)
+
+        return self.store.put_layer(lambda sink: pack_tree(directory, _binary(sink), owner=owner), "base host")
 
     def _access(self) -> Access:
         return host_access(self.sources.config)

@@ -30,6 +30,8 @@ MTIME = 1577836800
 LEVEL = 3
 """zstd level. Level 10 is 15 % smaller and four times slower to make; unpacking is bound by creating files."""
 _BLOCK = 512
+_FULL = ("No space left on device", "Disk quota exceeded", "Wrote only ")
+"""What tar says on a full disk; the last when a write was cut short before one failed."""
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 
@@ -57,7 +59,7 @@ class LayerWriter(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._file = open(path, "wb")  # noqa: SIM115  closed by finish and close
+        self._file = open(path, "wb")
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
         self._tar_hash = hashlib.sha256()
         self._blob_hash = hashlib.sha256()
@@ -276,15 +278,18 @@ def unpack(
     command += ["--exclude=dev/*", "--exclude=./dev/*", "--delay-directory-restore", "--same-permissions"]
     command += ["--same-owner"] if as_root else ["--no-same-owner"]
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    # tar says a line for each file that fails: into memory, as a pipe that nobody reads meanwhile would stop it.
+    said = open(os.memfd_create("tar"), "w+b")
     try:
         tar = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=environment
         )
     except FileNotFoundError:
+        said.close()
         raise MachineError("the program `tar` is not on PATH", hint="install GNU tar") from None
     fault = ""
     stderr = b""
-    assert tar.stdin is not None and tar.stderr is not None
+    assert tar.stdin is not None
     try:
         fault = _feed(blob, layer, tar.stdin)
     except BrokenPipeError:
@@ -294,14 +299,15 @@ def unpack(
             tar.stdin.close()
         except BrokenPipeError:
             pass
-        stderr = tar.stderr.read()
-        tar.stderr.close()
         tar.wait()
+        said.seek(0)
+        stderr = said.read()
+        said.close()
     if fault:
         raise CorruptLayer(f"layer {short(layer.digest)} is corrupt: {fault}")
     if tar.returncode:
         text = stderr.decode("utf-8", "replace").strip()
-        if "No space left on device" in text or "Disk quota exceeded" in text:
+        if any(words in text for words in _FULL):
             raise full_disk(target)
         raise MachineError(
             f"unpacking layer {short(layer.digest)} into {target} failed: {_last_lines(text, 3)}",

@@ -163,9 +163,14 @@ def disk_room(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or _copy_ran_out(error):
             raise full_disk(directory) from error
         raise
+
+
+def _copy_ran_out(error: OSError) -> bool:
+    """`shutil.copytree` gathers its failures in one error without a number."""
+    return isinstance(error, shutil.Error) and os.strerror(errno.ENOSPC) in str(error)
 
 
 def full_disk(directory: Path) -> MachineError:
