@@ -97,7 +97,8 @@ class Launcher:
         except (limits.NoCgroup, OSError) as error:
             self.facts["cgroup"] = str(error)
         try:
-            linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+            # Slave, not private: what the machine mounts or unmounts later is seen here too, and nothing of ours there.
+            linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
             linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=4m")
             for name in (HOST, "/l", "/s", "/x", NEW_ROOT):
                 os.mkdir(f"/tmp{name}", 0o755)
@@ -192,7 +193,10 @@ class Launcher:
             linux.move_mount(fd, target)
             os.close(fd)
         except OSError as error:
-            raise LauncherError(f"layer {path}: {error.strerror}", error.errno or 0) from error
+            why = error.strerror or ""
+            if error.errno == errno.ENOENT:
+                why += " (if it is there, its file system was mounted after this process started)"
+            raise LauncherError(f"layer {path}: {why}", error.errno or 0) from error
         self._lowers[path] = target[1:]
         return target[1:]
 

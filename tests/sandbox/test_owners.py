@@ -10,18 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec, owner_shift
+from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec, owner_shift, shutdown_launcher
 from tests.sandbox.conftest import make_layer
 from tests.support import needs
 
 
 @pytest.fixture
 def ramfs(tmp_path: Path) -> Iterator[Path]:
-    """A file system without id-mapped mounts."""
+    """A file system without id-mapped mounts. The launcher sees it when it starts later: where `/` is a private mount,
+    what is mounted afterwards does not reach it."""
     path = tmp_path / "ramfs"
     path.mkdir()
     subprocess.run(["mount", "-t", "ramfs", "none", str(path)], check=True, timeout=30)
+    shutdown_launcher()
     yield path
+    shutdown_launcher()
     subprocess.run(["umount", "-l", str(path)], check=True, timeout=30)
 
 
