@@ -103,8 +103,6 @@ def _install(line: str, python: str) -> str:
             if python != "3.6":
                 options.append("-C editable_mode=compat")
             options.append("-e")
-        if "--no-use-pep517" in words:
-            options.insert(0, "--no-use-pep517")
         return f"python -m pip install {' '.join(options)} ."
     return line
 
