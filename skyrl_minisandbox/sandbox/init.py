@@ -44,7 +44,7 @@ def run_init(request: dict[str, Any], sock: socket.socket, root_fd: int, bind_fd
     except BaseException as error:
         sock.sendall(wire.frame(Answer.FAILED, 0, wire.ERRNO.pack(0) + repr(error).encode()[:2000]))
         os._exit(1)
-    sock.sendall(wire.frame(Answer.READY, 0))
+    sock.sendall(wire.frame(Answer.READY, 0, ",".join(request["lost"]).encode()))
     try:
         Server(request, sock).serve()
     finally:
@@ -98,6 +98,15 @@ def _become_root() -> None:
 
 def _verify(request: dict[str, Any]) -> None:
     """Ask, then verify: read back from inside what is in force."""
+    if "proc" in request["lost"]:
+        if not (linux.no_new_privs() and linux.seccomp_mode() == linux.SECCOMP_MODE_FILTER):
+            raise SetupFailed("verification", 0, "no_new_privs or the filter is not in force")
+    else:
+        _verify_status()
+    _verify_place(request)
+
+
+def _verify_status() -> None:
     status = {}
     with open("/proc/self/status") as file:
         for line in file:
@@ -108,6 +117,9 @@ def _verify(request: dict[str, Any]) -> None:
     for key, value in wanted.items():
         if status.get(key) != value:
             raise SetupFailed("verification", 0, f"{key} is {status.get(key)}, asked for {value}")
+
+
+def _verify_place(request: dict[str, Any]) -> None:
     if os.getpid() != 1:
         raise SetupFailed("verification", 0, f"init is process {os.getpid()}, not 1")
     if request["network"] == "none":

@@ -90,6 +90,18 @@ def _mask(name: str, proc: str) -> None:
         linux.mount(f"{HOST}/dev/null", path, None, linux.MS_BIND)
 
 
+def _proc(request: dict[str, Any]) -> None:
+    """A proc of our own pid namespace. The kernel forbids it where a path below the machine's /proc is masked, as in
+    a pod without `procMount: Unmasked`; then /proc is empty inside, if `proc` may be lost."""
+    request["lost"] = []
+    try:
+        linux.mount("proc", safe_target("/proc"), "proc", _FLAGS | linux.MS_NOEXEC)
+    except PermissionError:
+        if "proc" not in request["allow_degraded"]:
+            raise
+        request["lost"].append("proc")
+
+
 def _proc_masks(proc: str) -> None:
     for name in _MASKED:
         _mask(name, proc)
@@ -134,9 +146,9 @@ def root_steps(request: dict[str, Any], root_fd: int, bind_fds: list[int]) -> It
     memory = request["limits"]["memory"]
     proc = f"{NEW_ROOT}/proc"
     yield Step("overlay at /", lambda: _attach(root_fd, NEW_ROOT))
-    yield Step("proc at /proc", lambda: linux.mount(
-        "proc", safe_target("/proc"), "proc", _FLAGS | linux.MS_NOEXEC))
-    yield Step("masked and read-only paths below /proc", lambda: _proc_masks(proc))
+    yield Step("proc at /proc", lambda: _proc(request))
+    if not request["lost"]:
+        yield Step("masked and read-only paths below /proc", lambda: _proc_masks(proc))
     yield Step("tmpfs, devices and devpts at /dev", lambda: _dev(single_id))
     yield Step("tmpfs at /dev/shm", lambda: linux.mount(
         "tmpfs", f"{NEW_ROOT}/dev/shm", "tmpfs", _FLAGS, f"mode=1777,size={min(memory // 2, 1 << 30)}"))

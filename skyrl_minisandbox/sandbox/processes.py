@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import os
 import pwd
 import resource
@@ -15,6 +16,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what a shell exits with
 
 # Commands die for memory before init does: raising one's own score needs no privilege.
 _OOM_SCORE = "500"
+_OOM_FILE = "/proc/self/oom_score_adj"
 _HIGHEST_FD = (1 << 32) - 1
 
 
@@ -90,8 +92,9 @@ def spawn(
         # others could see of it in the meantime is a copy of init without init's descriptors, and no secret.
         linux.close_range(max(max(fds), 2) + 1, _HIGHEST_FD)
         linux.prctl(linux.PR_SET_DUMPABLE, 1)
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(_OOM_SCORE)
+        if os.path.exists(_OOM_FILE):
+            with open(_OOM_FILE, "w") as file:
+                file.write(_OOM_SCORE)
         for limit, value in rlimits.items():
             resource.setrlimit(limit, (value, value))
         if user is not None:
@@ -118,12 +121,14 @@ def _become(user: str) -> None:
     entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
     if entry.pw_uid == os.getuid():
         return
-    with open("/proc/self/uid_map") as file:
-        if int(file.read().split()[2]) <= entry.pw_uid:
-            raise ValueError(f"user {user} is not mapped: a plain user's sandbox has root alone")
-    os.setgroups(os.getgrouplist(entry.pw_name, entry.pw_gid))
-    os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-    os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+    try:
+        os.setgroups(os.getgrouplist(entry.pw_name, entry.pw_gid))
+        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
+        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise ValueError(f"user {user} is not mapped: a plain user's sandbox has root alone") from None
+        raise
 
 
 def exit_code(status: int) -> int:
@@ -172,8 +177,15 @@ def kill_all(pids: set[int]) -> None:
 def kill_tree(root: int, spare: frozenset[int] = frozenset(), *, itself: bool = True) -> None:
     """Kill `root` and what it started, until nothing new appears. `spare` and what is below it live on.
 
-    A process that left both the tree and the session (a daemon) is not found; it ends with the sandbox.
+    A process that left both the tree and the session (a daemon) is not found; it ends with the sandbox. Without a
+    /proc only the process group can be told: `root` goes too, whatever `itself` says.
     """
+    if not os.path.exists("/proc/self"):
+        try:
+            os.killpg(root, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        return
     for _ in range(100):
         spared = set(spare)
         for pid in spare:

@@ -26,6 +26,8 @@ from skyrl_minisandbox.sandbox.wire import Answer, Ask
 # may take before init counts as dead. Seconds.
 READY_TIMEOUT = 60.0
 ANSWER_SLACK = 30.0
+# Protections that `allow_degraded` may name.
+DEGRADABLE = ("proc",)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EXPORT_LIMIT = 16 << 30
 
@@ -43,6 +45,7 @@ class Sandbox:
 
     def __init__(self, spec: SandboxSpec, launcher: client.LauncherClient | None = None) -> None:
         self.spec = spec
+        self.lost: tuple[str, ...] = ()  # protections missing here, of those that `allow_degraded` names
         self._launcher = launcher or client.shared()
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()  # one frame at a time: `interrupt` comes in between
@@ -78,6 +81,9 @@ class Sandbox:
             raise SandboxError("a sandbox needs at least one layer")
         if spec.network not in ("none", "host"):
             raise SandboxError(f"network is `none` or `host`, not `{spec.network}`")
+        for name in spec.allow_degraded:
+            if name not in DEGRADABLE:
+                raise SandboxError(f"`{name}` is no protection that may be lost; known: {', '.join(DEGRADABLE)}")
         for path in (*spec.keep, *(bind.target for bind in spec.binds), spec.workdir):
             if not path.startswith("/") or ".." in path.split("/"):
                 raise SandboxError(f"`{path}` is not an absolute path inside the sandbox")
@@ -95,6 +101,7 @@ class Sandbox:
             binds=[{**dataclasses.asdict(bind), "source": os.path.realpath(bind.source)} for bind in spec.binds],
             keep=list(spec.keep), hostname=spec.hostname, network=spec.network,
             limits=dataclasses.asdict(spec.limits), private_tmp=spec.private_tmp,
+            allow_degraded=list(spec.allow_degraded),
             upper=os.path.realpath(self._upper) if self._upper is not None else None,
         )
 
@@ -121,12 +128,13 @@ class Sandbox:
     def _await_ready(self) -> None:
         kind, _, payload = self._next(time.monotonic() + READY_TIMEOUT)
         if kind == Answer.READY:
+            self.lost = tuple(name for name in payload[:200].decode(errors="replace").split(",") if name in DEGRADABLE)
             return
         if kind == Answer.FAILED and len(payload) >= wire.ERRNO.size:
             (number,) = wire.ERRNO.unpack_from(payload)
             text = payload[wire.ERRNO.size :].decode(errors="replace")
             if text.startswith("proc at /proc") and number == errno.EPERM:
-                raise client.explain(f"a private /proc is forbidden here ({text})", number, "mounts")
+                raise client.explain("a private /proc is forbidden here, as a path below /proc is masked", 1, "proc")
             raise SandboxError(f"the sandbox could not be set up: {text}", hint="run `minisandbox doctor`")
         raise SandboxError("the sandbox's init answered something else than being ready")
 
