@@ -108,9 +108,7 @@ class OpenAIPolicy:
     def _post(self, body: dict[str, Any], timeout: float) -> tuple[int, str, str]:
         """Status, `Retry-After` and text of one request that ends within `timeout` seconds in all."""
         end = time.monotonic() + timeout
-        with self._session.post(
-            self.url, json=body, auth=self._authorize, timeout=timeout, stream=True
-        ) as answer:
+        with self._session.post(self.url, json=body, auth=self._authorize, timeout=timeout, stream=True) as answer:
             parts, size = [], 0
             # requests' own timeout is per read: an endpoint that sends a byte now and then would hold us.
             for part in _as_it_arrives(answer):

@@ -187,9 +187,7 @@ def _tests_fit(task: Task, open_sandbox: Callable[[], Sandbox]) -> bool:
         with open_sandbox() as sandbox:
             return _bring_tests(task, sandbox) is None
     except SandboxGone as error:
-        raise SandboxError(
-            f"the sandbox of task `{task.id}` died before any patch was in: {error}"
-        ) from error
+        raise SandboxError(f"the sandbox of task `{task.id}` died before any patch was in: {error}") from error
 
 
 def _apply_error(result: CommandResult) -> str:

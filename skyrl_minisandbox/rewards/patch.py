@@ -8,6 +8,7 @@ host, only read member by member and written on.
 
 from __future__ import annotations
 
+import errno
 import posixpath
 import tarfile
 import tempfile
@@ -19,6 +20,9 @@ from skyrl_minisandbox.sandbox import Sandbox
 
 LARGEST_PATCH = 32 << 20
 """Bytes. A larger one is no fix; see `patch_from_upper`."""
+
+LARGEST_TREE = 1 << 30
+"""Bytes of everything that differs below the workdir; a sparse file counts with its full size."""
 
 _SPOOL = 16 << 20
 _WHITEOUT = ".wh."
@@ -37,14 +41,19 @@ def patch_from_upper(agent_sandbox: Sandbox, open_sandbox: Callable[[], Sandbox]
     agent_sandbox: frozen by this (`export_layer`): nothing of the agent runs afterwards.
     open_sandbox: makes a fresh sandbox of the same image.
 
-    Untracked byte code and caches are left out. Names and contents that are not UTF-8 come as surrogate
-    escapes, which `grade` turns back. When the diff is larger than `LARGEST_PATCH` or does not fit the
-    sandbox, only tracked files are compared, and if even that is too large the patch is empty: what the
-    agent wrote is a value, never an exception.
+    Untracked byte code and caches are left out. Names and contents that are not UTF-8 come as surrogate escapes,
+    which `grade` turns back. When the diff is larger than `LARGEST_PATCH` or does not fit the sandbox, only tracked
+    files are compared. When that is too large as well, or the tree is larger than `LARGEST_TREE`, the patch is empty:
+    what the agent wrote is a value, never an exception.
     """
     prefix = workdir.strip("/")
     with tempfile.SpooledTemporaryFile(_SPOOL) as layer, tempfile.SpooledTemporaryFile(_SPOOL) as tree:
-        agent_sandbox.export_layer(layer, prefix=prefix)
+        try:
+            agent_sandbox.export_layer(layer, prefix=prefix, max_bytes=LARGEST_TREE)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                return ""
+            raise
         layer.seek(0)
         gone, cleared = rewrite_layer(layer, tree, prefix)
         tree.seek(0)
@@ -167,6 +176,8 @@ def _diff(sandbox: Sandbox, workdir: str, every: bool) -> bytes | None:
         "-c",
         "core.autocrlf=false",
     ]
+    if not every:  # undo what the first attempt added
+        sandbox.run([*git, "read-tree", "--reset", "HEAD"], cwd=workdir, env=GIT_ENV, timeout=_TIMEOUT)
     added = sandbox.run(
         [*git, "add", "-A" if every else "-u", "--ignore-errors", "--", "."],
         cwd=workdir,

@@ -168,9 +168,7 @@ class _Environment:
         self.config = config
         self.submission_cut = False
 
-    def execute(
-        self, action: dict[str, Any], cwd: str = "", *, timeout: float | None = None
-    ) -> dict[str, Any]:
+    def execute(self, action: dict[str, Any], cwd: str = "", *, timeout: float | None = None) -> dict[str, Any]:
         """Run `action["command"]`. Whatever it does is in the result; only a submission is raised."""
         command: str = action.get("command", "")
         try:
@@ -214,9 +212,7 @@ class _Environment:
         return vars(self.config) | kwargs
 
     def serialize(self) -> dict[str, Any]:
-        return {
-            "info": {"config": {"environment": vars(self.config).copy(), "environment_type": _path(self)}}
-        }
+        return {"info": {"config": {"environment": vars(self.config).copy(), "environment_type": _path(self)}}}
 
 
 def _what_happened(result: CommandResult, seconds: float) -> str:

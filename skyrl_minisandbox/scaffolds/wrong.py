@@ -1,8 +1,8 @@
 """Submits a patch that looks like the solution and does not solve: no task may end `resolved`.
 
 Computed from the gold patch when it runs. Of its hunks only those stay that change no behaviour; where there are
-none, the one that has least to do with what the tests ask for, with its first condition inverted so that even if it were the
-fix it is none. Running the tests to choose would be surer, but then the scaffold would prove itself right;
+none, the one that has least to do with what the tests ask for, with its first condition inverted so that even if it
+were the fix it is none. Running the tests to choose would be surer, but then the scaffold would prove itself right;
 a test of ours runs them instead. The same task always gives the same patch.
 """
 

@@ -176,7 +176,7 @@ def test_many_conversations_at_once_keep_to_themselves() -> None:
         assert list(pool.map(play, range(64))) == [20] * 64
 
 
-S, U, O, E = message("system", "s"), message("user", "u"), message("user", "o"), message("user", "e")
+S, U, N, E = message("system", "s"), message("user", "u"), message("user", "o"), message("user", "e")
 A, B = message("assistant", "a"), message("assistant", "b")
 
 
@@ -184,15 +184,15 @@ A, B = message("assistant", "a"), message("assistant", "b")
     ("seen", "history", "added", "lost"),
     [
         ([], [S, U], [S, U], 0),
-        ([S, U, A], [S, U, A, O], [O], 0),
+        ([S, U, A], [S, U, A, N], [N], 0),
         ([S, U, A], [S, U, A], [], 0),
-        ([S, U, A], [S, U, O], [O], 1),  # the answer was not kept (a format error)
-        ([S, U, A], [S, U, message("assistant", "a "), O], [O], 1),  # or rewritten
+        ([S, U, A], [S, U, N], [N], 1),  # the answer was not kept (a format error)
+        ([S, U, A], [S, U, message("assistant", "a "), N], [N], 1),  # or rewritten
         ([S, U, A], [S, U], [], 1),
-        ([S, U, A], [S, message("user", "shorter"), A, O], [O], 1),  # a message was rewritten
-        ([S, U, A, O, B], [S, O, B, E], [E], 2),  # old messages were dropped
+        ([S, U, A], [S, message("user", "shorter"), A, N], [N], 1),  # a message was rewritten
+        ([S, U, A, N, B], [S, N, B, E], [E], 2),  # old messages were dropped
         ([S, U, E, B], [S, U, E, E], [E], 1),  # the same error twice: the second one is new
-        ([S, U, A], [S, U, A, message("assistant", "own words"), O], [O], 0),
+        ([S, U, A], [S, U, A, message("assistant", "own words"), N], [N], 0),
     ],
 )
 def test_what_is_new_and_what_was_lost(
@@ -204,9 +204,9 @@ def test_what_is_new_and_what_was_lost(
 def test_a_lost_answer_is_counted_as_divergence(running) -> None:
     def scaffold(policy: InvertedPolicy) -> None:
         policy.query([U])
-        policy.query([U, O])
+        policy.query([U, N])
 
     one = running(scaffold)
     one.policy.first(TIMEOUT)
-    assert one.policy.answer("not kept", TIMEOUT) == [O]
+    assert one.policy.answer("not kept", TIMEOUT) == [N]
     assert one.policy.history_divergence == 1

@@ -98,9 +98,7 @@ class TestOpenAI:
         assert server.requests == [{"model": "m", "messages": ASK, "max_tokens": 7, "temperature": 0.5}]
         assert server.headers[0]["Authorization"] == "Bearer secret-value"
 
-    def test_without_a_key_none_is_sent(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_without_a_key_none_is_sent(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         netrc = tmp_path / "netrc"
         netrc.write_text("machine 127.0.0.1 login user password other-secret\n")
         netrc.chmod(0o600)

@@ -34,9 +34,7 @@ _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|
 
 def load_parser(name: str) -> Parser:
     """Return the parser of that name or dotted path. Raises `PluginError`."""
-    parser: Any = load_plugin(
-        "parser", name, PARSERS, export="a function `parse(log, known) -> {name: verdict}`"
-    )
+    parser: Any = load_plugin("parser", name, PARSERS, export="a function `parse(log, known) -> {name: verdict}`")
     return parser  # type: ignore[no-any-return]
 
 

@@ -58,12 +58,9 @@ class _Names:
         for end in [len(text), *reversed(cuts)]:
             if text[:end] in self._known:
                 return text[:end]
-        guess = text[: cuts[0]] if cuts else text
-        if "[" in guess and not guess.endswith("]"):  # the blanks and dashes are inside the parameters
-            for cut in [*cuts, len(text)]:
-                if text[:cut].endswith("]"):
-                    guess = text[:cut]
-                    break
+        # An unknown name: the message begins where the brackets of the parameters are closed.
+        closed = (cut for cut in [*cuts, len(text)] if text.count("[", 0, cut) == text.count("]", 0, cut))
+        guess = text[: next(closed, cuts[0] if cuts else len(text))]
         return self.exact(guess)
 
 

@@ -1,0 +1,48 @@
+"""A small repository in a real image, built in a second and without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from skyrl_minisandbox.images import Cache, Store, build_image
+from skyrl_minisandbox.images.recipe import Recipe
+from skyrl_minisandbox.sandbox import Limits, Sandbox
+from tests.support import require
+
+_GIT = "git -c user.name=test -c user.email=test@example.invalid"
+
+RECIPE = Recipe(
+    base="host",
+    workdir="/srv",
+    commands=(
+        "mkdir -p pkg/deep tests && printf 'one\\ntwo\\nthree\\n' > keep.txt && printf 'a = 1\\n' > pkg/a.py "
+        "&& printf 'b = 1\\n' > pkg/b.py && printf 'c = 1\\n' > pkg/deep/c.py && ln -s keep.txt link "
+        "&& printf '\\000\\001binary' > data.bin && printf 'kept\\n' > pkg/tracked.pyc "
+        "&& printf 'build/\\n' > .gitignore && printf 'old\\n' > tests/check.sh && git init -q . && git add -A -f "
+        f"&& {_GIT} commit -q -m base",
+    ),
+)
+
+Opener = Callable[[], Sandbox]
+
+
+@pytest.fixture
+def open_sandbox(store_directory: Path, cache_directory: Path) -> Iterator[Opener]:
+    """Fresh sandboxes of that image, with little memory and disk."""
+    require("userns", "overlay", "git")
+    store, cache = Store(store_directory), Cache(cache_directory)
+    image = build_image(RECIPE, store=store, cache=cache, pythons=(), progress=None)
+    made: list[Sandbox] = []
+    with cache.checkout(image, store) as checkout:
+
+        def make() -> Sandbox:
+            limits = Limits(memory=512 << 20, disk=64 << 20, processes=128)
+            made.append(Sandbox(checkout.sandbox_spec(limits=limits)))
+            return made[-1]
+
+        yield make
+        for sandbox in made:
+            sandbox.close()
