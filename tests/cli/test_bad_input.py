@@ -224,8 +224,11 @@ def overlay_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @needs("root", "userns", "overlay", "network")
-def test_a_cache_that_cannot_hold_an_overlay_upper(minisandbox: Command, overlay_disk: Path, places: list[str]) -> None:
-    done = minisandbox("image", "build", f"tasks.ids=[{TASK}]", *places, f"images.cache={overlay_disk}/cache")
+def test_a_cache_that_cannot_hold_an_overlay_upper(
+    minisandbox: Command, overlay_disk: Path, tmp_path: Path
+) -> None:
+    here = [f"images.store={tmp_path}/store", f"images.cache={overlay_disk}/cache"]
+    done = minisandbox("image", "build", f"tasks.ids=[{TASK}]", *here)
     assert (done.code, done.out) == (3, "")
     assert said(done.err) == (
         "minisandbox: the file system of the cache directory DIR/overlay/root/cache (overlay) cannot hold an "
