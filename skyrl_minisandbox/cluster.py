@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -137,9 +138,7 @@ class Cluster(abc.ABC):
             return None
         place, request = placed
         try:
-            return self._wait(
-                rollout_id, lambda: place.handle.close(rollout_id, grade, ended_by), _ending(request)
-            )
+            return self._wait(rollout_id, lambda: place.handle.close(rollout_id, grade, ended_by), _ending(request))
         finally:
             self._forget(rollout_id)
 
@@ -256,9 +255,7 @@ class RayCluster(Cluster):
 
         with self._lock:
             handles = [cast(RayNode, place.handle) for place in self._places if place.alive]
-        found: list[NodeStatus] = ray.get(
-            [handle.actor.status.remote() for handle in handles], timeout=MARGIN
-        )
+        found: list[NodeStatus] = ray.get([handle.actor.status.remote() for handle in handles], timeout=MARGIN)
         return found
 
     def shutdown(self) -> None:
@@ -372,6 +369,8 @@ class RayConnection:
             return
         logging.getLogger("ray").setLevel(logging.ERROR)
         address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+        if address:
+            _expect_ray(address)
         options = {"address": address} if address else self._own(config)
         started: Future[None] = Future()
         self._keeper = threading.Thread(target=self._keep, args=(options, started), name="ray", daemon=True)
@@ -441,6 +440,20 @@ class RayConnection:
     def _set(self, name: str, value: str) -> None:
         self._saved[name] = os.environ.get(name)
         os.environ[name] = value
+
+
+def _expect_ray(address: str) -> None:
+    """Ray itself takes minutes to find that nobody is there. Raises `MachineError`."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return  # `auto`, or a proxy: Ray knows where that is
+    try:
+        socket.create_connection((host, int(port)), timeout=MARGIN).close()
+    except OSError as error:
+        raise MachineError(
+            f"no Ray answers at {address}: {error.strerror or error}",
+            hint="ray status tells whether it runs; without RAY_ADDRESS and cluster.address one is started",
+        ) from error
 
 
 def is_ray_error(error: BaseException) -> bool:

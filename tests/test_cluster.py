@@ -1,0 +1,320 @@
+"""Where rollouts go, through Ray and without, and what is left of our own Ray: nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skyrl_minisandbox.claims import sweep
+from skyrl_minisandbox.cluster import (
+    RAY_TAIL,
+    SOCKET_PATH,
+    LocalCluster,
+    Place,
+    RayCluster,
+    choose,
+    connect,
+)
+from skyrl_minisandbox.config import EnvConfig, make_config
+from skyrl_minisandbox.errors import NodeError
+from tests.small import SOLVE, build_small_image, request, small_task
+from tests.support import REPOSITORY, descendants, needs
+
+sandboxes = needs("userns", "overlay", "git")
+
+
+@pytest.fixture(scope="module")
+def config(store_directory: Path, cache_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> EnvConfig:
+    build_small_image(store_directory, cache_directory)
+    return make_config(
+        {
+            "images": {"store": str(store_directory), "cache": str(cache_directory)},
+            "scaffold": "tests.small.Loop",
+            "cluster": {"slots": 2, "workers": 1},
+            "out": str(tmp_path_factory.mktemp("run")),
+        }
+    )
+
+
+def play(cluster: Any, *texts: str) -> Any:
+    asked = request(small_task())
+    turn = cluster.open(asked)
+    for text in texts:
+        turn = cluster.step(asked.rollout_id, text)
+    return turn.finished
+
+
+# -- placement --------------------------------------------------------------------------------------
+
+
+class Nowhere:
+    def open(self, request: Any) -> Future[Any]:
+        raise AssertionError("not asked")
+
+    step = close = open
+
+
+def place(name: str, slots: int, *, open: int = 0, images: tuple[str, ...] = ()) -> Place:
+    return Place(name, slots, Nowhere(), {str(n) for n in range(open)}, set(images))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("places", "avoid", "chosen"),
+    [
+        ([place("a", 4), place("b", 4, open=1, images=("image",))], set(), "b"),
+        ([place("a", 4), place("b", 4, open=4, images=("image",))], set(), "a"),
+        ([place("a", 4, open=2), place("b", 8, open=2)], set(), "b"),
+        ([place("a", 4, open=9), place("b", 4, open=5)], set(), "b"),
+        ([place("a", 4), place("b", 4, images=("image",))], {"b"}, "a"),
+        ([place("b", 4, images=("image",))], {"b"}, "b"),
+    ],
+    ids=[
+        "the one with the image",
+        "not where it is full",
+        "the one with most room",
+        "the least crowded when all are full",
+        "elsewhere at a second try",
+        "the only one there is",
+    ],
+)
+def test_a_rollout_goes_to(places: list[Place], avoid: set[str], chosen: str) -> None:
+    assert choose(places, "image", frozenset(avoid)).name == chosen
+
+
+def test_no_node_at_all_is_an_error() -> None:
+    with pytest.raises(NodeError, match="no node is alive"):
+        choose([], "image", frozenset())
+
+
+# -- without Ray ------------------------------------------------------------------------------------
+
+
+@sandboxes
+def test_the_local_cluster_runs_a_rollout_and_ends(config: EnvConfig) -> None:
+    cluster = connect(make_config({**vars(config), "cluster": "local"}))
+    assert isinstance(cluster, LocalCluster)
+    assert play(cluster, SOLVE, "submit").record.reward == 1.0
+    pids = cluster.status()[0].pids
+    cluster.shutdown()
+    cluster.shutdown()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    with pytest.raises(NodeError):
+        play(cluster)
+
+
+@sandboxes
+def test_a_node_that_does_not_answer_in_time_fails_only_that_rollout(
+    config: EnvConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = connect(make_config({**vars(config), "cluster": "local"}))
+    try:
+        asked = request(small_task())
+        cluster.open(asked)
+        with monkeypatch.context() as patch:
+            patch.setattr("skyrl_minisandbox.cluster.MARGIN", -1e4)
+            with pytest.raises(NodeError, match="did not answer"):
+                cluster.step(asked.rollout_id, "sleep 600")
+        with pytest.raises(NodeError, match="is not open"):
+            cluster.step(asked.rollout_id, "true")
+        assert play(cluster, SOLVE, "submit").record.reward == 1.0
+    finally:
+        cluster.shutdown()
+
+
+# -- through Ray ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster(config: EnvConfig) -> Iterator[RayCluster]:
+    """The module's one Ray, our own."""
+    found = connect(config)
+    assert isinstance(found, RayCluster)
+    yield found
+    found.shutdown()
+
+
+@sandboxes
+@needs("ray")
+def test_a_rollout_through_ray_is_the_same(cluster: RayCluster) -> None:
+    finished = play(cluster, "true", SOLVE, "submit")
+    assert (finished.record.reward, finished.record.turns) == (1.0, 3)
+    assert finished.record.node == cluster.status()[0].name
+    assert cluster.slots == 2
+    assert cluster.status()[0].open == 0
+
+
+@sandboxes
+@needs("ray")
+def test_our_ray_is_below_the_run_directory_or_short(cluster: RayCluster, config: EnvConfig) -> None:
+    path = cluster._ray._claim.path  # type: ignore[union-attr]
+    assert len(str(path)) + RAY_TAIL <= SOCKET_PATH
+    if len(f"{config.out}/ray-12345678") + RAY_TAIL <= SOCKET_PATH:
+        assert path.parent == Path(config.out)
+
+
+@sandboxes
+@needs("ray")
+def test_a_dead_node_loses_its_rollouts_and_comes_back(cluster: RayCluster) -> None:
+    import ray
+
+    asked = request(small_task())
+    cluster.open(asked)
+    pids = cluster.status()[0].pids
+    ray.kill(cluster._places[0].handle.actor)  # type: ignore[attr-defined]
+    with pytest.raises(NodeError, match="is lost"):
+        cluster.step(asked.rollout_id, "true")
+    assert play(cluster, SOLVE, "submit").record.reward == 1.0
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "the dead node's workers live on"
+        time.sleep(0.05)
+
+
+@sandboxes
+@needs("ray")
+def test_a_second_cluster_of_the_same_process_shares_ray_and_nodes_and_leaves_them(
+    cluster: RayCluster, config: EnvConfig
+) -> None:
+    other = RayCluster(config)
+    assert other.status()[0].pids == cluster.status()[0].pids
+    assert not other._ray._ours
+    other._ray.close()
+    assert play(cluster, SOLVE, "submit").record.reward == 1.0
+
+
+@sandboxes
+@needs("ray")
+def test_what_the_node_says_is_in_the_run_directory(cluster: RayCluster, config: EnvConfig) -> None:
+    name = cluster.status()[0].name
+    assert (Path(config.out) / "logs" / name / "node.log").exists()
+
+
+@needs("ray")
+def test_an_address_where_no_ray_is_says_so_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from skyrl_minisandbox.cluster import connect\n"
+        "from skyrl_minisandbox.config import make_config\n"
+        "connect(make_config({'images': {'cache': sys.argv[1]}, 'cluster': {'address': '127.0.0.1:1'}}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "MachineError: no Ray answers at 127.0.0.1:1: Connection refused" in done.stderr
+
+
+_RUN = """
+import sys, threading
+from skyrl_minisandbox.cluster import connect
+from skyrl_minisandbox.config import make_config
+from tests.small import SOLVE, request, small_task
+cluster = connect(make_config({
+    "images": {"store": sys.argv[1], "cache": sys.argv[2]}, "cluster": {"workers": 1}, "out": sys.argv[3]}))
+asked = request(small_task())
+cluster.open(asked)
+if sys.argv[4] == "hang":
+    threading.Thread(target=cluster.step, args=(asked.rollout_id, "sleep 600"), daemon=True).start()
+    print("open", flush=True)
+    sys.stdin.read()
+cluster.step(asked.rollout_id, SOLVE)
+print(cluster.step(asked.rollout_id, "submit").finished.record.reward)
+cluster.shutdown()
+"""
+
+
+def run(config: EnvConfig, out: Path, mode: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _RUN, config.images.store, config.images.cache, str(out), mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+
+
+def claims(config: EnvConfig) -> set[str]:
+    return set(os.listdir(Path(config.images.cache) / "claims"))
+
+
+def alive(processes: list[Any]) -> list[str]:
+    return [str(p) for p in processes if Path(f"/proc/{p.pid}").exists() and _state(p.pid) not in "ZX"]
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+@sandboxes
+@needs("ray")
+@pytest.mark.ci
+def test_after_kill_minus_9_the_next_start_finds_and_removes_all(config: EnvConfig, tmp_path: Path) -> None:
+    before = claims(config)
+    owner = run(config, tmp_path, "hang")
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "open\n"
+    below = descendants(owner.pid)
+    assert len(below) > 8
+    owner.kill()
+    owner.communicate()
+    deadline = time.monotonic() + 30
+    ours = [p for p in below if "ray" not in p.command]
+    while alive(ours) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(ours) == []
+    removed = sweep(Path(config.images.cache))
+    assert len(removed) == 1, removed
+    assert not Path(removed[0]).exists()
+    assert alive(below) == []
+    assert claims(config) == before
+
+
+@sandboxes
+@needs("ray")
+@pytest.mark.ci
+def test_two_runs_at_once_on_one_cache_both_succeed_and_leave_nothing(config: EnvConfig, tmp_path: Path) -> None:
+    before = claims(config)
+    runs = [run(config, tmp_path / name, "go") for name in ("a", "b")]
+    for each in runs:
+        out, err = each.communicate(timeout=120)
+        assert (each.returncode, out, err) == (0, "1.0\n", "")
+    for name in ("a", "b"):
+        assert [p.name for p in (tmp_path / name).iterdir()] == ["logs"]
+    assert claims(config) == before
+
+
+@needs("ray")
+@pytest.mark.ci
+def test_our_ray_starts_again_in_the_same_process(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, threading\n"
+        "from skyrl_minisandbox.cluster import RayConnection\n"
+        "from skyrl_minisandbox.config import make_config\n"
+        "before = dict(os.environ)\n"
+        "config = make_config({'images': {'cache': sys.argv[1]}})\n"
+        "for _ in range(2):\n"
+        "    made = []\n"
+        "    thread = threading.Thread(target=lambda: made.append(RayConnection(config)))\n"
+        "    thread.start(); thread.join()\n"
+        "    import ray, time\n"
+        "    time.sleep(1)\n"  # long enough for a signal of the ended thread to have come
+        "    print(len([n for n in ray.nodes() if n['Alive']]))\n"
+        "    made[0].close()\n"
+        "    assert os.environ == before\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n1\n", "")
+    assert not (Path.home() / ".ray" / "auth_token").exists() or "RAY_AUTH_TOKEN" in os.environ
