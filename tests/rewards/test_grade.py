@@ -197,7 +197,7 @@ class TestWhateverThePatchDoesIsScored:
         ids=["itself", "everything", "init", "disk", "memory", "processes", "files", "output"],
     )
     def test_breaking_things(self, open_sandbox: Opener, script: str) -> None:
-        report = grade(task(timeout=20.0), evil(script), open_sandbox, timeout=5.0)
+        report = grade(task(timeout=20.0), evil(script), open_sandbox, timeout=2.5)
         assert report.outcome in (Outcome.RESOLVED, Outcome.UNRESOLVED, Outcome.TESTS_TIMEOUT)
         assert load_reward("binary")(report) in (0.0, 1.0)
 
