@@ -30,6 +30,7 @@ from skyrl_minisandbox.errors import (
     InputError,
     MiniSandboxError,
     NodeError,
+    PolicyError,
     SandboxError,
     SandboxGone,
     StoreError,
@@ -232,7 +233,8 @@ class Rollout:
         finally:
             self._ready.set()
             self._policy.end()
-            if self._aborted:  # the set-up was given up while it ran: nobody else will clean up
+            # Given up while it was set up, or nobody answered for `idle`: nobody else will clean up.
+            if self._aborted or isinstance(self._error, PolicyError):
                 self._close_sandboxes()
                 self._release()
 

@@ -171,9 +171,10 @@ def serve(connection: Connection) -> None:
 def main() -> None:
     """`python -m skyrl_minisandbox.worker FD`, started by a node."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"
-    )
+    # Ray blocks SIGINT in its processes. A mask is inherited across exec, down to the tests inside a sandbox,
+    # where one that waits for its own KeyboardInterrupt would fail through Ray and pass without it.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s")
     serve(Connection(int(sys.argv[1])))
     os._exit(0)  # threads that are stuck must not keep us
 

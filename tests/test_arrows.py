@@ -19,7 +19,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "training"}),
     frozenset({"env"}),
     frozenset({"cluster"}),
-    frozenset({"node"}),
+    frozenset({"node", "own_ray"}),
     frozenset({"worker"}),
     frozenset({"rollout"}),
     frozenset({"scaffolds", "rewards"}),

@@ -15,8 +15,6 @@ import pytest
 
 from skyrl_minisandbox.claims import sweep
 from skyrl_minisandbox.cluster import (
-    RAY_TAIL,
-    SOCKET_PATH,
     LocalCluster,
     Place,
     RayCluster,
@@ -25,6 +23,7 @@ from skyrl_minisandbox.cluster import (
 )
 from skyrl_minisandbox.config import EnvConfig, make_config
 from skyrl_minisandbox.errors import NodeError
+from skyrl_minisandbox.own_ray import RAY_TAIL, SOCKET_PATH
 from tests.small import SOLVE, build_small_image, request, small_task
 from tests.support import REPOSITORY, descendants, needs
 
@@ -149,6 +148,16 @@ def test_a_rollout_through_ray_is_the_same(cluster: RayCluster) -> None:
     assert finished.record.node == cluster.status()[0].name
     assert cluster.slots == 2
     assert cluster.status()[0].open == 0
+
+
+@sandboxes
+@needs("ray")
+def test_commands_through_ray_find_the_signals_and_the_priority_that_they_find_without(cluster: RayCluster) -> None:
+    asked = request(small_task())
+    cluster.open(asked)
+    text = cluster.step(asked.rollout_id, "grep -E 'SigBlk|SigIgn' /proc/self/status; nice").messages[0]["content"]
+    assert text.split() == ["exit", "code", "0", "SigBlk:", "0" * 16, "SigIgn:", "0" * 16, "0"]
+    cluster.close(asked.rollout_id, grade=False)
 
 
 @sandboxes
@@ -299,7 +308,7 @@ def test_two_runs_at_once_on_one_cache_both_succeed_and_leave_nothing(config: En
 def test_our_ray_starts_again_in_the_same_process(tmp_path: Path) -> None:
     program = (
         "import os, sys, threading\n"
-        "from skyrl_minisandbox.cluster import RayConnection\n"
+        "from skyrl_minisandbox.own_ray import RayConnection\n"
         "from skyrl_minisandbox.config import make_config\n"
         "before = dict(os.environ)\n"
         "config = make_config({'images': {'cache': sys.argv[1]}})\n"

@@ -141,6 +141,20 @@ def test_waiting_for_the_model_does_not_count_as_the_agents_time(machine: Machin
     assert finished.record.seconds.agent < 0.5
 
 
+def test_a_rollout_that_nobody_answers_gives_back_what_it_holds(machine: Machine) -> None:
+    rollout = machine.rollout(bounds=RolloutConfig(idle=0.3))
+    rollout.open()
+    init = rollout._sandbox.pid  # type: ignore[union-attr]
+    assert rollout._policy.wait_ended(30)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{init}").exists() or machine.cache._held:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    finished = rollout.step("true").finished
+    assert finished is not None
+    assert verdict(finished.record) == ("infra_error", "error", None)
+
+
 def test_closing_early_grades_when_asked_to(machine: Machine) -> None:
     rollout = machine.rollout()
     rollout.open()
