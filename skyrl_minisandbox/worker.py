@@ -140,6 +140,7 @@ def serve(connection: Connection) -> None:
     setup: WorkerSetup = connection.recv()
     sys.path.extend(path for path in setup.sys_path if path not in sys.path)
     worker = Worker(setup, lambda word: send(NOTICE, word, None))
+    threading.Thread(target=_warm_up, name="warm-up", daemon=True).start()
     methods: dict[str, Callable[..., Any]] = {
         "open": worker.open,
         "step": worker.step,
@@ -166,6 +167,17 @@ def serve(connection: Connection) -> None:
     farewell = threading.Thread(target=worker.end, daemon=True)
     farewell.start()
     farewell.join(2 * FAREWELL)
+
+
+def _warm_up() -> None:
+    """Import what every rollout needs and start the launcher, so that the first one does not wait for it."""
+    from skyrl_minisandbox import images, rewards  # noqa: F401
+    from skyrl_minisandbox.sandbox.client import shared
+
+    try:
+        shared()
+    except MiniSandboxError as error:
+        logger.warning("%s", error.render())  # the first rollout meets it again and tells
 
 
 def main() -> None:
