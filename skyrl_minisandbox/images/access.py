@@ -51,7 +51,9 @@ def host_access(config: PipConfig, environ: Mapping[str, str] | None = None) -> 
         binds.append(Bind(bundle, inside))
         env.update(dict.fromkeys(_CERTIFICATES, inside))
     env.update(_pip(config, binds))
-    secrets = config.secrets() + PipConfig(index_urls=tuple(env[key] for key in env if "proxy" in key.lower())).secrets()
+    secrets = (
+        config.secrets() + PipConfig(index_urls=tuple(env[key] for key in env if "proxy" in key.lower())).secrets()
+    )
     return Access(tuple(binds), env, secrets)
 
 
@@ -69,12 +71,13 @@ def _pip(config: PipConfig, binds: list[Bind]) -> dict[str, str]:
     links = [_inside(place, binds, whole_parent=False) for place in config.find_links]
     env = {
         "PIP_CONFIG_FILE": os.devnull,
-        "PIP_NO_CACHE_DIR": "1",
+        # For options that begin with `no-`, pip reads a false value as "do not"; a true one would turn them on.
+        "PIP_NO_CACHE_DIR": "false",
+        "PIP_NO_COMPILE": "false",  # we compile, with hashes instead of time stamps
+        "PIP_NO_WARN_SCRIPT_LOCATION": "false",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_NO_INPUT": "1",
-        "PIP_NO_COMPILE": "1",  # we compile, with hashes instead of time stamps
         "PIP_ROOT_USER_ACTION": "ignore",
-        "PIP_NO_WARN_SCRIPT_LOCATION": "1",
         "PIP_DEFAULT_TIMEOUT": f"{config.timeout:.0f}",
         "PIP_RETRIES": "5",
         "PIP_TRUSTED_HOST": " ".join(config.trusted_hosts),

@@ -161,14 +161,18 @@ class _Build:
                 words = ["host", json.dumps(self.base, sort_keys=True), json.dumps(self.binds)]
                 self._step("base host", words, lambda: (self._pack(place), {}))
             return
-        packages = list(self.recipe.system_packages) + (["python3"] if not self.recipe.python and self._has_python() else [])
+        packages = list(self.recipe.system_packages) + (
+            ["python3"] if not self.recipe.python and self._has_python() else []
+        )
         words = debian.step_words(packages)
         self.base = {"kind": "debian", "suite": words[1], "machine": platform.machine()}
 
         def make() -> tuple[Layer, dict[str, Any]]:
             with self.cache.upper() as place:
                 place.mkdir()
-                return self.store.put_layer(lambda sink: debian.make_root(_binary(sink), packages, place), "base debian"), {}
+                return self.store.put_layer(
+                    lambda sink: debian.make_root(_binary(sink), packages, place), "base debian"
+                ), {}
 
         self._step("base debian", words, make)
 
@@ -189,7 +193,8 @@ class _Build:
         with self._sandbox() as sandbox:
             result = sandbox.run(
                 ["/usr/bin/python3", "-I", "-c", "import sys; print('.'.join(map(str, sys.version_info[:3])))"],
-                cwd="/", timeout=60,
+                cwd="/",
+                timeout=60,
             )
         version = result.stdout.decode().strip()
         if result.exit_code or not version.startswith("3."):
@@ -318,8 +323,14 @@ class _Build:
         from skyrl_minisandbox.sandbox import Sandbox
 
         image = Image(
-            digest="", layers=tuple(self.layers), env=self._image_env(), workdir="/", binds=self.binds, keep=self.keep,
-            base=self.base, name=self.name,
+            digest="",
+            layers=tuple(self.layers),
+            env=self._image_env(),
+            workdir="/",
+            binds=self.binds,
+            keep=self.keep,
+            base=self.base,
+            name=self.name,
         )
         with self.cache.checkout(image, self.store) as checkout, self.cache.upper() as upper:
             spec = checkout.sandbox_spec(
@@ -343,7 +354,7 @@ class _Build:
         access: Access | None = None,
     ) -> CommandResult:
         env: Mapping[str, str] = {**access.env, **self.recipe.env} if access else {}
-        result = sandbox.run(script, input=input, cwd=cwd, env=env, timeout=STEP_TIMEOUT)  # type: ignore[arg-type]
+        result = sandbox.run(script, input=input, cwd=cwd, env=env, timeout=STEP_TIMEOUT)
         if result.exit_code == 0 and not result.timed_out:
             return result
         raise self._failed(label, script, result, access)

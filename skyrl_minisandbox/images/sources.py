@@ -1,8 +1,8 @@
 """Files from the user's package index, verified and cached: source distributions, and the pip wheel for builds.
 
-    DIRECTORY/
-      PACKAGE/FILENAME     a file whose SHA-256 was right when it was renamed here
-      PACKAGE/lock         one download at a time
+DIRECTORY/
+  PACKAGE/FILENAME     a file whose SHA-256 was right when it was renamed here
+  PACKAGE/lock         one download at a time
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _version(filename: str, package: str) -> str:
 
 
 def _same_version(one: str, other: str) -> bool:
-    """Equal but for what PEP 440 does not tell apart: `1.0` and `1.0.0`, case, a leading `v`, separators of a suffix."""
+    """Equal but for what PEP 440 does not tell apart: `1.0` and `1.0.0`, case, a leading `v`, separators."""
 
     def key(version: str) -> str:
         plain = re.sub(r"[-_]", ".", version.lower().removeprefix("v")).replace(".post", "post").replace(".dev", "dev")
@@ -275,7 +275,8 @@ def _choose(
             hint=f"look at its files: `pip download --no-deps --no-binary :all: {package}=={version}`",
         )
     raise InputError(
-        f"package `{package}` has no version {version} on the package index; near it: {', '.join(_near(have, version))}",
+        f"package `{package}` has no version {version} on the package index; "
+        f"near it: {', '.join(_near(have, version))}",
         hint=f"see `pip index versions {package}`",
     )
 

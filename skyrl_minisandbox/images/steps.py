@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import tarfile
@@ -15,6 +16,7 @@ from skyrl_minisandbox.errors import InputError, MachineError
 from skyrl_minisandbox.images.access import PRIVATE
 from skyrl_minisandbox.images.layer import MTIME
 from skyrl_minisandbox.images.recipe import GitCommit, Sdist
+from skyrl_minisandbox.images.sources import normalise
 
 ENV = "/opt/env"
 PIP_VERSIONS = {"3.6": "21.3.1", "3.7": "24.0", "3.8": "25.0.1", "3.9": "25.3"}
@@ -36,26 +38,40 @@ def environment_script(python: str, version: str, pip_wheel: str, groups: Sequen
     python: the interpreter inside. version: `3.11`. pip_wheel: file name below PIP_WHEEL_DIRECTORY.
     """
     wheel = f"{PIP_WHEEL_DIRECTORY}/{pip_wheel}"
-    lines = [
-        "set -e",
-        f"{python} -m venv --without-pip {ENV}",
-        f"PYTHONPATH={wheel} {ENV}/bin/python -m pip install --quiet --no-index --no-deps {wheel}",
-    ]
-    for number, pins in enumerate(groups):
-        if pins:
-            requirements = f"{PRIVATE}/requirements{number}.txt"
-            lines.append(f"printf '%s\\n' {' '.join(map(shlex.quote, pins))} > {requirements}")
-            lines.append(f"{ENV}/bin/python -m pip install --no-deps -r {requirements}")
+    lines = ["set -e", f"{python} -m venv --without-pip {ENV}"]
+    pip = f"PYTHONPATH={wheel} {ENV}/bin/python -m pip install --no-deps"
+    for number, pins in enumerate(_together(groups)):
+        requirements = f"{PRIVATE}/requirements{number}.txt"
+        lines.append(f"printf '%s\\n' {' '.join(map(shlex.quote, pins))} > {requirements}")
+        lines.append(f"{pip} {wheel if number == 0 else ''} -r {requirements}")
+        pip = f"{ENV}/bin/python -m pip install --no-deps"
     lines += compile_lines(f"{ENV}/bin/python", version, f"{ENV}/lib")
     return "\n".join(lines) + "\n"
+
+
+def _together(groups: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The groups as one, so that pip starts once, unless two of them pin the same project: then the later one wins.
+
+    pip itself comes from its wheel, which has the version that a pin of it names.
+    """
+
+    def project(pin: str) -> str:
+        return normalise(re.split(r"[\s\[=<>!~;@]", pin.strip(), maxsplit=1)[0])
+
+    kept = [[pin for pin in dict.fromkeys(group) if project(pin) != "pip"] for group in groups]
+    together = list(dict.fromkeys(pin for group in kept for pin in group))
+    if len({project(pin) for pin in together}) == len(together):
+        return [together]
+    return kept
 
 
 def compile_lines(python: str, version: str, directory: str) -> list[str]:
     """Shell lines that compile a tree. Files of an old Python in it that do not parse are not an error.
 
     3.6 knows time stamps only, so there the sources get the one that they will have in the layer.
+    One process and a fixed hash seed: what marshal writes depends on what the process compiled before.
     """
-    compile_all = f"{python} -m compileall -q -j 0"
+    compile_all = f"PYTHONHASHSEED=0 {python} -m compileall -q -f"
     if version == "3.6":
         return [
             f"find {directory} -name '*.py' -exec touch -d @{MTIME} {{}} +",
@@ -67,8 +83,9 @@ def compile_lines(python: str, version: str, directory: str) -> list[str]:
 def python_script(version: str) -> str:
     """Compile the interpreter's own library, and see that it works: pip needs these modules."""
     home = f"/opt/python/{version}"
-    lines = ["set -e", f"{home}/bin/python{version} -c 'import ssl, zlib, ctypes, hashlib, venv'"]
-    return "\n".join([*lines, *compile_lines(f"{home}/bin/python{version}", version, f"{home}/lib/python{version}")]) + "\n"
+    python = f"{home}/bin/python{version}"
+    lines = ["set -e", f"{python} -c 'import ssl, zlib, ctypes, hashlib, venv'"]
+    return "\n".join([*lines, *compile_lines(python, version, f"{home}/lib/python{version}")]) + "\n"
 
 
 def sdist_script(archive: str, workdir: str) -> str:
@@ -81,7 +98,7 @@ def sdist_script(archive: str, workdir: str) -> str:
     if archive.endswith(".zip"):
         lines += [
             f"mkdir -p {PRIVATE}/sdist && cat > {PRIVATE}/sdist.zip",
-            f"{ENV}/bin/python -m zipfile -e {PRIVATE}/sdist.zip {PRIVATE}/sdist",
+            f"$(command -v python || command -v python3) -m zipfile -e {PRIVATE}/sdist.zip {PRIVATE}/sdist",
             f"cp -r {PRIVATE}/sdist/*/. {where}/",
         ]
     else:
@@ -97,7 +114,8 @@ def git_script(commit: str, workdir: str) -> str:
         "set -e",
         f"mkdir -p {where} {bare}",
         f"tar -x --no-same-owner -C {bare} -f -",
-        f"git -c safe.directory='*' -c core.bare=false --git-dir={bare} --work-tree={where} checkout -q -f {commit} -- .",
+        f"git -c safe.directory='*' -c core.bare=false --git-dir={bare} --work-tree={where} "
+        f"checkout -q -f {shlex.quote(commit)} -- .",
         f"rm -rf {bare}",
     ]
     return "\n".join([*lines, *_commit_lines(where, force=True)]) + "\n"
@@ -123,7 +141,7 @@ def _commit_lines(where: str, *, force: bool) -> list[str]:
         f"{git} repack -q -a -d && {git} prune-packed -q",
         f"rm -rf {where}/.git/index {where}/.git/logs {where}/.git/COMMIT_EDITMSG",
         f"{git} read-tree HEAD",
-        f"test -z \"$({git} status --porcelain)\"",
+        f'test -z "$({git} status --porcelain)"',
         f"rm -f {where}/.git/index && {git} read-tree HEAD",
     ]
 
@@ -163,7 +181,14 @@ def fetch_commit(repository: GitCommit, place: Path) -> IO[bytes]:
     # The clone may belong to another user; only its objects are read, by an upload-pack that is told so.
     serve = "--upload-pack=git -c safe.directory=* -c uploadpack.allowAnySHA1InWant=true upload-pack"
     fault = fault or git(
-        "--git-dir", str(bare), "fetch", "--quiet", "--depth=1", "--no-tags", serve, clone.absolute().as_uri(),
+        "--git-dir",
+        str(bare),
+        "fetch",
+        "--quiet",
+        "--depth=1",
+        "--no-tags",
+        serve,
+        clone.absolute().as_uri(),
         repository.commit,
     )
     if fault:
@@ -172,7 +197,7 @@ def fetch_commit(repository: GitCommit, place: Path) -> IO[bytes]:
             hint=f"git -C {clone} fetch origin {repository.commit}",
         )
     (bare / "FETCH_HEAD").unlink(missing_ok=True)
-    file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115  the caller closes it
+    file = tempfile.TemporaryFile(dir=place)
     with tarfile.open(fileobj=file, mode="w|") as tar:
         tar.add(bare, arcname=".")
     file.seek(0)
