@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -110,3 +111,17 @@ def user() -> Iterator[support.OrdinaryUser]:
     """An ordinary user for the whole session; its home is shared by the tests that ask for it."""
     with support.ordinary_user() as account:
         yield account
+
+
+@pytest.fixture(scope="session")
+def wheel() -> Path:
+    """The wheel of this checkout, where every user can read it."""
+    support.require("build", "network")
+    out = support.shared_directory() / "dist"
+    build = [sys.executable, "-m", "build", "--outdir", str(out), "."]
+    done = subprocess.run(build, cwd=support.REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(out.glob("*.tar.gz"))) == 1
+    (found,) = out.glob("*.whl")
+    found.chmod(0o644)
+    return found

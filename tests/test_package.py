@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import venv
 import zipfile
 from pathlib import Path
@@ -35,15 +34,6 @@ def plain_environment() -> dict[str, str]:
     import os
 
     return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    call(sys.executable, "-m", "build", "--outdir", out, ".", cwd=REPOSITORY)
-    assert len(list(out.glob("*.tar.gz"))) == 1
-    (found,) = out.glob("*.whl")
-    return found
 
 
 @pytest.fixture(scope="module")

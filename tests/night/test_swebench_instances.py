@@ -65,9 +65,7 @@ def judge(task: Task, patch: str, image: Image, place: tuple[Store, Cache]) -> T
         return grade(task, patch, lambda: Sandbox(spec), run_empty=True)
 
 
-def test_a_missing_clone_is_an_error_that_names_what_was_expected(
-    place: tuple[Store, Cache], tmp_path: Path
-) -> None:
+def test_a_missing_clone_is_an_error_that_names_what_was_expected(place: tuple[Store, Cache], tmp_path: Path) -> None:
     from skyrl_minisandbox.errors import InputError
 
     [task] = load_tasks(
