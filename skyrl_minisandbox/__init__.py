@@ -6,7 +6,7 @@ Importing this package imports neither Ray, torch nor skyrl_gym, prints nothing 
 from __future__ import annotations
 
 __version__ = "0.1.0"
-__all__ = ["register", "__version__"]
+__all__ = ["__version__", "register"]
 
 
 def register() -> None:
