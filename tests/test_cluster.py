@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -327,3 +330,87 @@ def test_our_ray_starts_again_in_the_same_process(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n1\n", "")
     assert not (Path.home() / ".ray" / "auth_token").exists() or "RAY_AUTH_TOKEN" in os.environ
+
+
+_TASK = """
+import json, logging, os, sys, time
+import ray
+from ray.cluster_utils import Cluster
+logging.getLogger("ray").setLevel(logging.ERROR)
+small = {"num_cpus": 1, "object_store_memory": 80 << 20}
+machines = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+for _ in range(2):
+    machines.add_node(**small)
+ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
+
+@ray.remote(num_cpus=1, max_retries=0)
+def entry(store, cache):  # as SkyRL runs a training: in one task on one node
+    from skyrl_minisandbox.cluster import connect
+    from skyrl_minisandbox.config import make_config
+    from tests.small import SOLVE, request, small_task
+    given = {"images": {"store": store, "cache": cache}, "cluster": {"slots": 2, "workers": 1}}
+    cluster = connect(make_config(given))
+    asked = [request(small_task(f"small-{number}")) for number in range(6)]
+    for each in asked:
+        cluster.open(each)
+        cluster.step(each.rollout_id, SOLVE)
+    records = [cluster.step(each.rollout_id, "submit").finished.record for each in asked]
+    given["cluster"]["nodes"] = 2
+    bounded = connect(make_config(given))
+    found = {
+        "nodes": [record.node for record in records],
+        "rewards": [record.reward for record in records],
+        "oversubscribed": cluster.oversubscribed,
+        "bounded": len(bounded.status()),
+        "pids": [pid for status in cluster.status() for pid in status.pids],
+    }
+    if sys.argv[3] == "end":
+        cluster.shutdown()
+    return found
+
+def lives(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+found = ray.get(entry.remote(sys.argv[1], sys.argv[2]))
+deadline = time.monotonic() + 30
+if sys.argv[3] == "end":
+    while time.monotonic() < deadline and any(map(lives, found["pids"])):
+        time.sleep(0.05)
+    found["left"] = ray.util.list_named_actors(all_namespaces=True)
+ray.shutdown()
+machines.shutdown()
+while time.monotonic() < deadline and any(map(lives, found["pids"])):
+    time.sleep(0.05)
+found["alive"] = [pid for pid in found["pids"] if lives(pid)]
+print(json.dumps(found))
+"""
+
+
+@sandboxes
+@needs("ray")
+@pytest.mark.ci
+@pytest.mark.parametrize("ending", ["end", "just stop"])
+def test_inside_a_ray_task_rollouts_go_to_every_node_and_nothing_of_us_stays(config: EnvConfig, ending: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="ms-", dir="/tmp") as short:  # for Ray's sockets
+        done = subprocess.run(
+            [sys.executable, "-c", _TASK, config.images.store, config.images.cache, ending],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+            cwd=REPOSITORY,
+            env={**os.environ, "RAY_TMPDIR": short, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
+        )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["rewards"] == [1.0] * 6
+    assert sorted(Counter(found["nodes"]).values()) == [2, 2, 2]
+    assert (found["oversubscribed"], found["bounded"]) == (0, 2)
+    assert found["alive"] == []
+    assert found.get("left", []) == []
+    sweep(Path(config.images.cache))
+    runs = Path(config.images.cache) / "runs"
+    assert not runs.exists() or list(runs.iterdir()) == []
