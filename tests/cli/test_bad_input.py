@@ -224,9 +224,7 @@ def overlay_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @needs("root", "userns", "overlay", "network")
-def test_a_cache_that_cannot_hold_an_overlay_upper(
-    minisandbox: Command, overlay_disk: Path, tmp_path: Path
-) -> None:
+def test_a_cache_that_cannot_hold_an_overlay_upper(minisandbox: Command, overlay_disk: Path, tmp_path: Path) -> None:
     here = [f"images.store={tmp_path}/store", f"images.cache={overlay_disk}/cache"]
     done = minisandbox("image", "build", f"tasks.ids=[{TASK}]", *here)
     assert (done.code, done.out) == (3, "")
