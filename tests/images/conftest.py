@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from skyrl_minisandbox.images.build import build_image
 from skyrl_minisandbox.images.cache import Cache
 from skyrl_minisandbox.images.image import Image
 from skyrl_minisandbox.images.layer import Layer, pack_tree
@@ -17,7 +20,7 @@ from skyrl_minisandbox.images.pip_config import PipConfig
 from skyrl_minisandbox.images.recipe import Recipe, Sdist
 from skyrl_minisandbox.images.sources import Sources
 from skyrl_minisandbox.images.store import Store
-from skyrl_minisandbox.sandbox import shutdown_launcher
+from skyrl_minisandbox.sandbox import Sandbox, shutdown_launcher
 from tests.images import index as indexes
 
 
@@ -86,17 +89,44 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         libc.umount2(os.fsencode(target), 2)  # MNT_DETACH
 
 
-@pytest.fixture
-def local_sources(index: indexes.Index, tmp_path: Path) -> Sources:
-    """Sources whose only index is the loopback one, which has pip, `tinydep` and the sdist of `tinylib`."""
-    version, data = indexes.bundled_pip()
-    index.add("pip", f"pip-{version}-py3-none-any.whl", data)
-    index.add("tinydep", *indexes.wheel("tinydep", "1.0", {"tinydep.py": "ANSWER = 42\n"}))
-    index.add("tinylib", *indexes.sdist("tinylib", "0.1", {"tinylib.py": "import tinydep\n", ".gitignore": "*.log\n"}))
-    return Sources(tmp_path / "sources", PipConfig(index_urls=(index.url,)))
+@dataclasses.dataclass
+class Local:
+    """A loopback index with what builds need, and a store and a cache that a module's builds share."""
+
+    index: indexes.Index
+    sources: Sources
+    store: Store
+    cache: Cache
+
+    def build(self, recipe: Recipe, **more: Any) -> Image:
+        """`build_image` with what this has; `more` are further arguments of it."""
+        return build_image(recipe, **{"store": self.store, "cache": self.cache, "sources": self.sources, **more})
+
+    def output(self, image: Image, command: str) -> str:
+        """What a command that succeeds prints in a sandbox of the image."""
+        return output(image, self.store, self.cache, command)
 
 
-def local_recipe(sources: Sources, index: indexes.Index, *commands: str, python: str | None = None) -> Recipe:
+def output(image: Image, store: Store, cache: Cache, command: str) -> str:
+    with cache.checkout(image, store) as checkout, Sandbox(checkout.sandbox_spec()) as sandbox:
+        result = sandbox.run(command, timeout=60)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    """Its index has pip, `tinydep` and the sdist of `tinylib`."""
+    directory = tmp_path_factory.mktemp("local")
+    with indexes.serve() as index:
+        version, data = indexes.bundled_pip()
+        index.add("pip", f"pip-{version}-py3-none-any.whl", data)
+        index.add("tinydep", *indexes.wheel("tinydep", "1.0", {"tinydep.py": "ANSWER = 42\n"}))
+        sources = Sources(directory / "sources", PipConfig(index_urls=(index.url,)))
+        yield Local(index, sources, Store(directory / "store"), Cache(directory / "cache"))
+
+
+def local_recipe(index: indexes.Index, *commands: str, python: str | None = None) -> Recipe:
     """A recipe for which the loopback index is enough, on the base's own Python where it has one."""
     pip, _ = indexes.bundled_pip()
     name, data = indexes.sdist("tinylib", "0.1", {"tinylib.py": "import tinydep\n", ".gitignore": "*.log\n"})

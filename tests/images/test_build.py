@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,28 +21,17 @@ from skyrl_minisandbox.images.pip_config import PipConfig
 from skyrl_minisandbox.images.recipe import GitCommit, Recipe
 from skyrl_minisandbox.images.sources import Sources
 from skyrl_minisandbox.images.store import Store
-from tests.images import index as indexes
-from tests.images.conftest import local_recipe
+from tests.images.conftest import Local, local_recipe, output
 from tests.support import needs
 
 pytestmark = needs("overlay", "git")
 
 
-def output(image: Image, store: Store, cache: Cache, command: str) -> str:
-    from skyrl_minisandbox.sandbox import Sandbox
-
-    with cache.checkout(image, store) as checkout, Sandbox(checkout.sandbox_spec()) as sandbox:
-        result = sandbox.run(command, timeout=60)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-
-def test_a_recipe_becomes_an_image_that_works(
-    local_sources: Sources, index: indexes.Index, store: Store, cache: Cache
-) -> None:
-    recipe = local_recipe(local_sources, index, "echo built > made.txt && python -c 'import tinylib'")
+def test_a_recipe_becomes_an_image_that_works(local: Local, tmp_path: Path) -> None:
+    local = dataclasses.replace(local, store=Store(tmp_path / "store"), cache=Cache(tmp_path / "cache"))
+    recipe = local_recipe(local.index, "echo built > made.txt && python -c 'import tinylib'")
     told: list[str] = []
-    image = build_image(recipe, store=store, cache=cache, sources=local_sources, progress=told.append, name="tiny-1")
+    image = local.build(recipe, progress=told.append, name="tiny-1")
     assert [word for word in told if not word.startswith("python")] == [
         "base host",
         "packages",
@@ -48,34 +39,30 @@ def test_a_recipe_becomes_an_image_that_works(
         "command 1/1",
     ]
     assert image.name == "tiny-1" and image.workdir == "/testbed" and image.recipe == recipe.digest()
-    assert output(image, store, cache, "pwd; cat made.txt; python -c 'import tinydep; print(tinydep.ANSWER)'") == (
+    assert local.output(image, "pwd; cat made.txt; python -c 'import tinydep; print(tinydep.ANSWER)'") == (
         "/testbed\nbuilt\n42\n"
     )
-    assert output(image, store, cache, "command -v python pip").split() == ["/opt/env/bin/python", "/opt/env/bin/pip"]
+    assert local.output(image, "command -v python pip").split() == ["/opt/env/bin/python", "/opt/env/bin/pip"]
     unchecked = (
         "import glob; print({open(p, 'rb').read(8)[4] for p in glob.glob('/opt/env/lib/**/*.pyc', recursive=True)})"
     )
-    assert output(image, store, cache, f'python -c "{unchecked}"') == "{1}\n"
-    assert output(image, store, cache, "find / -xdev -name '*.pyc' -path '*testbed*'; ls -A /root /tmp /run") == (
+    assert local.output(image, f'python -c "{unchecked}"') == "{1}\n"
+    assert local.output(image, "find / -xdev -name '*.pyc' -path '*testbed*'; ls -A /root /tmp /run") == (
         "/root:\n\n/run:\n\n/tmp:\n"
     )
     assert "tinydep==1.0" in image.lock["packages"] and image.lock["repository"]["version"] == "0.1"
     assert image.lock["base"]["kind"] == "host" and image.lock["python"].startswith("3.")
 
     told.clear()
-    asked = len(index.seen)
-    assert build_image(recipe, store=store, cache=cache, sources=local_sources, progress=told.append) == image
-    assert told == [] and len(index.seen) == asked
+    asked = len(local.index.seen)
+    assert local.build(recipe, progress=told.append) == image
+    assert told == [] and len(local.index.seen) == asked
 
 
-def test_the_repository_is_one_commit_without_remotes_tags_or_reflogs(
-    local_sources: Sources, index: indexes.Index, store: Store, cache: Cache
-) -> None:
-    image = build_image(local_recipe(local_sources, index), store=store, cache=cache, sources=local_sources)
-    told = output(
+def test_the_repository_is_one_commit_without_remotes_tags_or_reflogs(local: Local) -> None:
+    image = local.build(local_recipe(local.index))
+    told = local.output(
         image,
-        store,
-        cache,
         "git rev-list --all --count; git status --porcelain; git remote; git tag; ls .git; git fsck --unreachable; "
         "git log --format='%an %ad' --date=iso; git reflog; stat -c '%u %g %Y' tinylib.py; git ls-files",
     ).splitlines()
@@ -88,76 +75,63 @@ def test_the_repository_is_one_commit_without_remotes_tags_or_reflogs(
     ]
 
 
-def test_an_unchanged_prefix_is_not_built_again(
-    local_sources: Sources, index: indexes.Index, store: Store, cache: Cache
-) -> None:
-    one = build_image(local_recipe(local_sources, index, "echo 1 > a"), store=store, cache=cache, sources=local_sources)
+def test_an_unchanged_prefix_is_not_built_again(local: Local) -> None:
+    one = local.build(local_recipe(local.index, "echo 1 > a"))
     told: list[str] = []
-    asked = len(index.seen)
-    two = build_image(
-        local_recipe(local_sources, index, "echo 1 > a", "echo 2 > b"),
-        store=store,
-        cache=cache,
-        sources=local_sources,
+    asked = len(local.index.seen)
+    two = local.build(
+        local_recipe(local.index, "echo 1 > a", "echo 2 > b"),
         progress=told.append,
     )
     assert told == ["command 2/2"] and two.layers[:-1] == tuple(
         layer.__class__(layer.digest, layer.diff_id, layer.size, other.name)
         for layer, other in zip(one.layers, two.layers, strict=False)
     )
-    assert len(index.seen) == asked
+    assert len(local.index.seen) == asked
 
 
-def test_a_build_is_reproducible_and_holds_nothing_of_where_it_was_built(
-    local_sources: Sources, index: indexes.Index, tmp_path: Path
-) -> None:
-    images, blobs = [], b""
-    for name in ("here", "elsewhere"):
-        store, cache = Store(tmp_path / name / "store"), Cache(tmp_path / name / "cache")
-        recipe = local_recipe(local_sources, index, "date > /tmp/x; mkdir -p d && echo text > d/file")
-        images.append(build_image(recipe, store=store, cache=cache, sources=local_sources, name="tiny"))
-        for layer in images[-1].layers:
-            blobs += zstandard.ZstdDecompressor().decompressobj().decompress(store.blob(layer).read_bytes())
-    assert [layer.diff_id for layer in images[0].layers] == [layer.diff_id for layer in images[1].layers]
-    assert images[0].digest == images[1].digest
-    for word in (str(tmp_path), index.url, local_sources.config.cert or index.url):
-        assert word.encode() not in blobs
+def test_a_build_is_reproducible_and_holds_nothing_of_where_it_was_built(local: Local, tmp_path: Path) -> None:
+    recipe = local_recipe(local.index, "date > /tmp/x; mkdir -p d && echo text > d/file")
+    elsewhere = dataclasses.replace(local, store=Store(tmp_path / "store"), cache=Cache(tmp_path / "cache"))
+    one, two = local.build(recipe, name="tiny"), elsewhere.build(recipe, name="tiny")
+    assert [layer.diff_id for layer in one.layers] == [layer.diff_id for layer in two.layers]
+    assert one.digest == two.digest
+    for layer in two.layers:
+        data = zstandard.ZstdDecompressor().decompressobj().decompress(elsewhere.store.blob(layer).read_bytes())
+        assert str(tmp_path).encode() not in data and local.index.url.encode() not in data
 
 
-def test_a_failing_step_is_named_and_its_log_is_kept(
-    local_sources: Sources, index: indexes.Index, store: Store, cache: Cache
-) -> None:
-    recipe = local_recipe(local_sources, index, "true", "echo one; echo the reason >&2; exit 7")
+def test_a_failing_step_is_named_and_its_log_is_kept(local: Local) -> None:
+    recipe = local_recipe(local.index, "true", "echo one; echo the reason >&2; exit 7")
     with pytest.raises(BuildError) as caught:
-        build_image(recipe, store=store, cache=cache, sources=local_sources, name="tiny-1")
+        local.build(recipe, name="tiny-1")
     assert caught.value.message == "building image tiny-1: step `command 2/2` failed (exit code 7)\n  one\n  the reason"
-    (log,) = (store.path / "logs").iterdir()
-    assert caught.value.hint == f"the whole log is {log}" and "the reason" in log.read_text()
-    assert store.find(recipe.digest()) is None
-    assert list((cache.path / "aside").iterdir()) == [] and list((store.path / "aside").iterdir()) == []
+    log = Path(caught.value.hint.removeprefix("the whole log is "))
+    assert log.parent == local.store.path / "logs" and "the reason" in log.read_text()
+    assert local.store.find(recipe.digest()) is None
+    assert list((local.cache.path / "aside").iterdir()) == [] and list((local.store.path / "aside").iterdir()) == []
 
 
-def test_a_package_version_that_does_not_exist_is_told_with_its_log(
-    local_sources: Sources, index: indexes.Index, store: Store, cache: Cache
-) -> None:
-    recipe = local_recipe(local_sources, index)
+def test_a_package_version_that_does_not_exist_is_told_with_its_log(local: Local) -> None:
+    recipe = local_recipe(local.index)
     recipe = recipe.model_copy(update={"packages": (*recipe.packages[1:], "tinydep==9.9")})
     with pytest.raises(BuildError, match=r"step `packages` failed") as caught:
-        build_image(recipe, store=store, cache=cache, sources=local_sources)
+        local.build(recipe)
     assert "No matching distribution found for tinydep==9.9" in caught.value.message
 
 
-def test_credentials_of_the_index_are_in_no_log_no_layer_and_no_argument(
-    local_sources: Sources, index: indexes.Index, store: Store, cache: Cache, tmp_path: Path
-) -> None:
-    url = index.url.replace("http://", "http://someone:hunter2secret@")
+def test_credentials_of_the_index_are_in_no_log_no_layer_and_no_argument(local: Local, tmp_path: Path) -> None:
+    url = local.index.url.replace("http://", "http://someone:hunter2secret@")
     private = Sources(tmp_path / "private", PipConfig(index_urls=(url,)))
-    recipe = local_recipe(private, index, "echo $PIP_INDEX_URL; tr '\\0' ' ' < /proc/self/cmdline; pip -v download x-y")
+    local = dataclasses.replace(
+        local, store=Store(tmp_path / "store"), cache=Cache(tmp_path / "cache"), sources=private
+    )
+    recipe = local_recipe(local.index, "echo $PIP_INDEX_URL; tr '\\0' ' ' < /proc/self/cmdline; pip -v download x-y")
     with pytest.raises(BuildError) as caught:
-        build_image(recipe, store=store, cache=cache, sources=private)
-    assert any(header for _, header in index.seen)  # it was used
+        local.build(recipe)
+    assert any(header for _, header in local.index.seen)  # it was used
     assert "hunter2secret" not in caught.value.render()
-    kept = [path for path in [*store.path.rglob("*"), *(cache.path / "l").rglob("*")] if path.is_file()]
+    kept = [path for path in [*local.store.path.rglob("*"), *(local.cache.path / "l").rglob("*")] if path.is_file()]
     for path in kept:
         data = path.read_bytes()
         if data[:4] == b"\x28\xb5\x2f\xfd":
@@ -178,26 +152,19 @@ def test_an_unknown_base_and_system_packages_on_the_host_are_the_users_input(sto
         build_image(Recipe(system_packages=("graphviz",)), store=store, cache=cache)
 
 
-def test_two_threads_build_one_recipe_once(
-    local_sources: Sources, index: indexes.Index, store: Store, cache: Cache
-) -> None:
-    recipe = local_recipe(local_sources, index)
+def test_two_threads_build_one_recipe_once(local: Local) -> None:
+    recipe = Recipe(commands=("sleep 0.3; date > /tmp/x; echo threads > made",))
     images: list[Image] = []
     told: list[str] = []
     threads = [
-        threading.Thread(
-            target=lambda: images.append(
-                build_image(recipe, store=store, cache=cache, sources=local_sources, progress=told.append)
-            )
-        )
-        for _ in range(2)
+        threading.Thread(target=lambda: images.append(local.build(recipe, progress=told.append))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(images) == 2 and images[0] == images[1]
-    assert len(told) == len(set(told)) and "packages" in told
+    assert len(told) == len(set(told)) and "command 1/1" in told
 
 
 BUILD = """
@@ -304,6 +271,18 @@ def test_a_clone_that_is_missing_or_lacks_the_commit_is_the_users_input(
     with pytest.raises(InputError, match="no local clone") as caught:
         build_image(recipe, store=store, cache=cache)
     assert "tasks.repos=DIR" in caught.value.hint
+
+
+@needs("root")
+def test_a_disk_that_fills_up_while_a_step_runs_is_the_machines_fault(
+    mounted: Callable[..., Path], store: Store
+) -> None:
+    cache = Cache(mounted("tmpfs", "size=24m") / "cache")
+    recipe = Recipe(commands=("head -c 64M /dev/zero > /testbed/big",))
+    with pytest.raises(MachineError, match="no room left") as caught:
+        build_image(recipe, store=store, cache=cache)
+    assert str(cache.path) in caught.value.message and "images.cache=DIR" in caught.value.hint
+    assert list((cache.path / "aside").iterdir()) == []
 
 
 @pytest.mark.ci

@@ -19,7 +19,7 @@ from skyrl_minisandbox.images import cache as cache_module
 from skyrl_minisandbox.images import host
 from skyrl_minisandbox.images.cache import Cache
 from skyrl_minisandbox.images.image import Image
-from skyrl_minisandbox.images.layer import Layer
+from skyrl_minisandbox.images.layer import Layer, unpack
 from skyrl_minisandbox.images.locks import acquire
 from skyrl_minisandbox.images.store import BlobMissing, Store
 from tests.images.conftest import image_of
@@ -56,7 +56,7 @@ def test_many_threads_unpack_a_layer_once(
 ) -> None:
     image = image_of(make_layer({"a": "1"}))
     calls: list[Layer] = []
-    real = cache_module.unpack
+    real = unpack
 
     def slow(blob: Path, layer: Layer, target: Path) -> None:
         calls.append(layer)

@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 
 from skyrl_minisandbox.images import host
-from skyrl_minisandbox.images.build import build_image
-from skyrl_minisandbox.images.cache import Cache
-from skyrl_minisandbox.images.recipe import Recipe
-from skyrl_minisandbox.images.sources import Sources
-from skyrl_minisandbox.images.store import Store
-from tests.images import index as indexes
-from tests.images.conftest import local_recipe
+from tests.images.conftest import Local, local_recipe
 from tests.support import needs
 
 
@@ -108,14 +102,13 @@ def planted() -> Iterator[dict[str, str]]:
 
 @needs("root", "overlay")
 def test_a_secret_that_everybody_may_read_on_the_host_is_not_readable_inside(
-    planted: dict[str, str], local_sources: Sources, index: indexes.Index, store: Store, cache: Cache
+    planted: dict[str, str], local: Local
 ) -> None:
     from skyrl_minisandbox.sandbox import Sandbox
 
-    recipe: Recipe = local_recipe(local_sources, index)
-    image = build_image(recipe, store=store, cache=cache, sources=local_sources)
+    image = local.build(local_recipe(local.index))
     (secret,) = set(planted.values())
-    with cache.checkout(image, store) as checkout, Sandbox(checkout.sandbox_spec()) as sandbox:
+    with local.cache.checkout(image, local.store) as checkout, Sandbox(checkout.sandbox_spec()) as sandbox:
         assert sandbox.run("git --version && python -c 'import tinydep'", timeout=60).exit_code == 0  # it works at all
         for path in planted:
             assert secret not in sandbox.run(["cat", path], timeout=60).output
