@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from skyrl_minisandbox.cli.tree import config_directory, groups, headline, keys
@@ -77,3 +77,44 @@ def _entry(head: str, sentence: str) -> list[str]:
 
 def _wrap(text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
+
+
+def configuration_page() -> str:
+    """docs/configuration.md: every key, its default and its sentence, from the tree's own comments."""
+    root = config_directory()
+    lines = [
+        "# Configuration",
+        "",
+        "Made from the comments in `configs/` by `python -m skyrl_minisandbox.cli.help`; a test holds it equal.",
+        "",
+        "`minisandbox VERB group=choice key=value …`. Where a group is a plug-in (`tasks`, `scaffold`,",
+        "`policy`, `reward`) a dotted path `package.module.Name` may stand for the choice. The groups",
+        "`images`, `tasks`, `scaffold`, `reward`, `sandbox`, `rollout` and `cluster` are also the keys of the",
+        "Env's configuration in SkyRL (`environment.skyrl_gym.minisandbox`).",
+        "",
+        *_table((key.name, key.default, key.sentence) for key in keys(root / "config.yaml")),
+    ]
+    for group, choices in groups().items():
+        for choice in choices:
+            path = root / group / f"{choice}.yaml"
+            title = f"{group}={choice}" if len(choices) > 1 else group
+            rows = [
+                (f"{group}.{key.name}", key.default, key.sentence)
+                for key in keys(path)
+                if key.name not in ("name", "kind")
+            ]
+            lines += ["", f"## `{title}`", "", *_wrap(headline(path), 0)]
+            lines += ["", *_table(rows)] if rows else []
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Iterable[tuple[str, str, str]]) -> list[str]:
+    lines = ["| key | default | |", "|---|---|---|"]
+    for name, default, sentence in rows:
+        escaped = sentence.replace("|", r"\|")
+        lines.append(f"| `{name}` | `{default}` | {escaped} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from skyrl_minisandbox.cli.help import configuration_page
 from skyrl_minisandbox.cli.settings import OWN, load_settings
 from skyrl_minisandbox.cli.tree import compose, config_directory, groups, headline, keys
 from skyrl_minisandbox.config import EnvConfig, make_config
 from skyrl_minisandbox.errors import InputError
+from tests.support import REPOSITORY
 
 FILES = sorted(config_directory().rglob("*.yaml"))
 
@@ -144,3 +146,8 @@ def test_what_cannot_be_is_named_with_what_can(overrides: list[str], message: st
     with pytest.raises(InputError) as caught:
         load_settings(overrides)
     assert (caught.value.message, caught.value.hint) == (message, hint)
+
+
+def test_the_page_in_docs_is_made_from_the_tree() -> None:
+    page = REPOSITORY / "docs" / "configuration.md"
+    assert page.read_text() == configuration_page(), "python -m skyrl_minisandbox.cli.help >docs/configuration.md"
