@@ -247,18 +247,19 @@ def test_many_env_threads_share_one_cluster_and_none_waits_for_a_slot(config: En
     assert len(env_module._clusters) == 1
 
 
-def test_a_process_that_just_ends_leaves_nothing(config: EnvConfig) -> None:
+@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=needs("ray"))])
+def test_a_process_that_just_ends_leaves_nothing(config: EnvConfig, kind: str) -> None:
     program = (
         "import sys, skyrl_gym, skyrl_minisandbox\n"
         "from tests.small import small_task\n"
         "skyrl_minisandbox.register()\n"
         "config = {'images': {'store': sys.argv[1], 'cache': sys.argv[2]}, 'scaffold': 'tests.small.Loop',"
-        " 'cluster': 'local'}\n"
+        " 'cluster': sys.argv[3]}\n"
         "env = skyrl_gym.make('minisandbox', env_config=config, extras={'task': small_task().model_dump_json()})\n"
         "print(len(env.init([])[0]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, config.images.store, config.images.cache],
+        [sys.executable, "-c", program, config.images.store, config.images.cache, kind],
         capture_output=True,
         text=True,
         timeout=60,
