@@ -77,7 +77,7 @@ def _set_up(request: dict[str, Any], root_fd: int, bind_fds: list[int]) -> None:
     for step in mounts.root_steps(request, root_fd, bind_fds):
         _step(step.describe, step.execute)
     _step("core size", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)))
-    if request["single_id"] and not request["cgroup"]:
+    if not request["pids_cgroup"]:
         processes_limit = request["limits"]["processes"]
         _step("process limit", lambda: resource.setrlimit(resource.RLIMIT_NPROC, (processes_limit,) * 2))
     _step("capabilities", lambda: linux.set_capabilities(CAPABILITIES))

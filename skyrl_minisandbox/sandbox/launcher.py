@@ -15,6 +15,7 @@ import array
 import errno
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -312,7 +313,8 @@ class Launcher:
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(name, request["limits"]["memory"], request["limits"]["processes"])
             request.update(
-                single_id=self.base is None, cgroup=bool(cgroup), memory_cgroup=self.facts["memory_cgroup"]
+                single_id=self.base is None, cgroup=bool(cgroup), memory_cgroup=self.facts["memory_cgroup"],
+                pids_cgroup=self.facts["pids_cgroup"],
             )
             flags = (linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWIPC
                      | linux.CLONE_NEWUTS)
@@ -507,6 +509,9 @@ def main() -> None:
     """Run as the exec'd launcher: the control socket is descriptor 3."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the owner's business
     os.umask(0o022)
+    # A pipe for every background process of a sandbox is init's; commands get their own, lower limit.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     linux.set_name("minisandbox-l")
     sock = socket.socket(fileno=CONTROL_FD)
     sock.set_inheritable(False)

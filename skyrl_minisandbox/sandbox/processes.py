@@ -98,7 +98,7 @@ def spawn(
         for limit, value in rlimits.items():
             resource.setrlimit(limit, (value, value))
         if user is not None:
-            _become(user)
+            env = {**env, "HOME": _become(user)}
         try:
             os.chdir(cwd)
         except OSError as error:
@@ -117,10 +117,11 @@ def _complain(text: str, code: int) -> None:
     os._exit(code)
 
 
-def _become(user: str) -> None:
+def _become(user: str) -> str:
+    """Be that user from here on; returns its home directory."""
     entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
     if entry.pw_uid == os.getuid():
-        return
+        return entry.pw_dir
     try:
         os.setgroups(os.getgrouplist(entry.pw_name, entry.pw_gid))
         os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
@@ -129,6 +130,7 @@ def _become(user: str) -> None:
         if error.errno == errno.EINVAL:
             raise ValueError(f"user {user} is not mapped: a plain user's sandbox has root alone") from None
         raise
+    return entry.pw_dir
 
 
 def exit_code(status: int) -> int:

@@ -60,7 +60,7 @@ class Server:
             resource.RLIMIT_NOFILE: self._limits["open_files"],
             resource.RLIMIT_CORE: 0,
         }
-        if request["single_id"] and not request["memory_cgroup"]:
+        if not request["memory_cgroup"]:
             self._rlimits[resource.RLIMIT_AS] = self._limits["memory"]
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         if hard != resource.RLIM_INFINITY:
@@ -137,28 +137,36 @@ class Server:
                 pass  # nobody but us
 
     def _run(self, request: int, ask: dict[str, Any]) -> None:
-        out_read, out_write = os.pipe2(os.O_CLOEXEC)
-        err_read, err_write = os.pipe2(os.O_CLOEXEC)
-        if ask["input"]:
-            stdin, feed = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(feed, False)
-        else:
-            stdin, feed = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), -1
+        ours: list[int] = []
+        theirs: list[int] = []
         try:
+            for _ in (1, 2):
+                read, write = os.pipe2(os.O_CLOEXEC)
+                ours.append(read)
+                theirs.append(write)
+            feed = -1
+            if ask["input"]:
+                stdin, feed = os.pipe2(os.O_CLOEXEC)
+                os.set_blocking(feed, False)
+                ours.append(feed)
+            else:
+                stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            theirs.append(stdin)
+            out_write, err_write = theirs[:2]
             pid = processes.spawn(
                 ask["argv"], env=ask["env"], cwd=ask["cwd"], user=ask["user"],
                 fds={0: stdin, 1: out_write, 2: err_write}, rlimits=self._rlimits,
             )
         except OSError as error:
-            # The process limit is reached, by what runs inside: a result, told as a shell would.
-            for fd in (out_read, err_read, feed):
-                if fd >= 0:
-                    os.close(fd)
+            # What runs inside has used up processes or descriptors: a result, told as a shell would.
+            for fd in ours:
+                os.close(fd)
             self._refuse(request, f"cannot fork: {error.strerror}")
             return
         finally:
-            for fd in (stdin, out_write, err_write):
+            for fd in theirs:
                 os.close(fd)
+        out_read, err_read = ours[:2]
         command = _Command(request, pid, ask["timeout"], self._limits["output"])
         self._commands[request] = command
         self._watch(command, out_read, 1)

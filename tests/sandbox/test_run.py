@@ -10,7 +10,9 @@ from collections.abc import Callable
 import pytest
 
 from skyrl_minisandbox.errors import SandboxError, SandboxGone
-from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
+from skyrl_minisandbox.sandbox import Limits, Sandbox, SandboxSpec
+
+MIB = 1 << 20
 
 
 def test_streams_and_exit_code_are_apart(sandbox: Sandbox) -> None:
@@ -74,6 +76,15 @@ def test_a_background_job_does_not_hold_the_result_and_lives_on(sandbox: Sandbox
     assert sandbox.run(f"kill -0 {pid}").exit_code == 0
 
 
+def test_very_many_background_jobs_are_no_exception(open_sandbox: Callable[..., Sandbox]) -> None:
+    sandbox = open_sandbox(limits=Limits(processes=100, disk=MIB, memory=1 << 30))
+    # dash, as bash tries a refused fork again for 15 seconds
+    codes = [sandbox.run(["dash", "-c", "sleep 600 & true"], timeout=30).exit_code for _ in range(120)]
+    assert codes[:50] == [0] * 50 and codes[-1] != 0  # at the process limit a command is refused, as a shell does
+    sandbox.freeze()
+    assert sandbox.run("echo on").output == "on\n"
+
+
 def test_output_beyond_the_limit_keeps_head_and_tail(sandbox: Sandbox) -> None:
     result = sandbox.run("echo first; head -c 50000000 /dev/zero | tr '\\0' x; echo; echo last")
     assert result.truncated and result.exit_code == 0
@@ -120,8 +131,6 @@ def test_interrupt_ends_the_command_and_keeps_the_sandbox(sandbox: Sandbox) -> N
 
 def test_what_cannot_go_together_is_refused_with_both_names(spec: SandboxSpec) -> None:
     import dataclasses
-
-    from skyrl_minisandbox.sandbox import Limits
 
     odd = dataclasses.replace(spec, limits=Limits(memory=1 << 20, disk=1 << 20))
     with pytest.raises(SandboxError, match=r"limits.disk .* limits.memory"):
