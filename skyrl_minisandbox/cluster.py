@@ -42,6 +42,9 @@ MARGIN = 60.0
 NODE_START = 120.0
 """Seconds that a node's actor has to come up."""
 
+TRIES = 3
+TRY_PAUSE = 0.5
+
 REFRESH = 10.0
 """Seconds between looks at Ray's list of nodes; a lost node is noticed by its calls at once."""
 
@@ -168,9 +171,9 @@ class Cluster(abc.ABC):
                 f"node {place.name} did not answer for rollout {rollout_id} within {seconds + MARGIN:g} s"
             ) from None
         except Exception as error:
-            if not is_ray_error(error):
-                raise
             self._forget(rollout_id)
+            if not is_lost(error):
+                raise NodeError(f"node {place.name} failed: {type(error).__name__}: {error}") from error
             place.alive = False
             self._lost(place)
             raise NodeError(f"node {place.name} is lost: {str(error).splitlines()[0]}") from error
@@ -279,8 +282,9 @@ class RayCluster(Cluster):
             with self._lock:
                 kept = [p for p in self._places if p.alive and cast(RayNode, p.handle).node_id in wanted]
             known = {cast(RayNode, place.handle).node_id for place in kept}
-            made = [self._start(living[node_id]) for node_id in wanted if node_id not in known]
-            started = [place for place in map(self._started, made) if place is not None]
+            missing = [living[node_id] for node_id in wanted if node_id not in known]
+            made = [self._start(node) for node in missing]  # all at once
+            started = [place for place in map(self._started, missing, made) if place is not None]
             with self._lock:
                 self._places = kept + started
             self._looked = time.monotonic()
@@ -308,15 +312,22 @@ class RayCluster(Cluster):
         )
         return RayNode(setup.name, node_id, actor)
 
-    def _started(self, node: RayNode) -> Place | None:
+    def _started(self, machine: dict[str, Any], node: RayNode) -> Place | None:
+        """Wait for the actor. One that is dying still has its name for a moment: then another try."""
         import ray
 
-        try:
-            status: NodeStatus = ray.get(node.actor.status.remote(), timeout=NODE_START)
-        except Exception as error:
-            logger.error("node %s does not start: %s", node.name, error)
-            return None
-        return Place(node.name, status.slots, node)
+        for _ in range(TRIES):
+            try:
+                status: NodeStatus = ray.get(node.actor.status.remote(), timeout=NODE_START)
+                return Place(node.name, status.slots, node)
+            except ray.exceptions.RayActorError as error:
+                logger.error("node %s does not start: %s", node.name, error)
+                time.sleep(TRY_PAUSE)
+                node = self._start(machine)
+            except ray.exceptions.GetTimeoutError:
+                logger.error("node %s did not start within %g s", node.name, NODE_START)
+                break
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,10 +348,14 @@ class RayNode:
         return cast("Future[Turn | None]", self.actor.close.remote(rollout_id, grade, ended_by).future())
 
 
-def is_ray_error(error: BaseException) -> bool:
-    """Whether Ray lost what we asked (dead actor, dead node), without importing Ray where it is not used."""
-    exceptions = sys.modules.get("ray.exceptions")
-    return exceptions is not None and isinstance(error, exceptions.RayError)
+def is_lost(error: BaseException) -> bool:
+    """Whether Ray says that the other side is gone, and not that what ran there raised."""
+    exceptions = sys.modules.get("ray.exceptions")  # without Ray nothing is ever lost
+    return (
+        exceptions is not None
+        and isinstance(error, exceptions.RayError)
+        and not isinstance(error, exceptions.RayTaskError)
+    )
 
 
 def _ending(request: RolloutRequest) -> float:

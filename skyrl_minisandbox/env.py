@@ -102,9 +102,7 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
                 return BaseTextEnvStepOutput(
                     observations=turn.messages, reward=0.0, done=False, metadata=self._metadata()
                 )
-        return BaseTextEnvStepOutput(
-            observations=[], reward=self._reward(), done=True, metadata=self._metadata()
-        )
+        return BaseTextEnvStepOutput(observations=[], reward=self._reward(), done=True, metadata=self._metadata())
 
     def close(self) -> None:
         """Give the episode up if it is not finished. Idempotent."""
@@ -221,10 +219,11 @@ def register() -> None:
 
 # -- shared by the envs of this process -----------------------------------------------------------
 
-_lock = threading.Lock()  # guards the three below
+_lock = threading.Lock()  # guards the two below
 _clusters: dict[str, Cluster] = {}
-_tasks: dict[tuple[str, str], Task] = {}
 _unmasked = 0
+_tasks_lock = threading.Lock()  # guards _tasks; a task may have to be made from downloads
+_tasks: dict[tuple[str, str], Task] = {}
 
 
 def shared_cluster(config: EnvConfig) -> Cluster:
@@ -263,9 +262,7 @@ def find_task(config: EnvConfig, extras: Mapping[str, Any]) -> Task:
         try:
             return Task.model_validate(json.loads(given) if isinstance(given, str | bytes) else given)
         except ValueError as error:
-            raise TaskError(
-                f"the row's `task` is no task: {error}", hint="minisandbox tasks export"
-            ) from error
+            raise TaskError(f"the row's `task` is no task: {error}", hint="minisandbox tasks export") from error
     task_id = extras.get("task_id")
     if not task_id:
         raise TaskError(
@@ -281,7 +278,7 @@ def _task_by_id(config: EnvConfig, task_id: str) -> Task:
 
     tasks = config.tasks
     key = (repr(tasks), task_id)
-    with _lock:
+    with _tasks_lock:
         if key not in _tasks:
             found = load_tasks(
                 tasks.name,

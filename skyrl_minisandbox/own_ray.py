@@ -68,6 +68,10 @@ class RayConnection:
             raise MachineError(
                 f"Ray does not start: {why}", hint="minisandbox rollout cluster=local runs without Ray"
             ) from error
+        except BaseException:  # Ctrl-C. Ray cannot be stopped half-way up
+            started.exception(ENDING)
+            self.close()
+            raise
 
     def _own(self, config: EnvConfig) -> dict[str, Any]:
         """Options for a small and quiet Ray of our own, all of it below one claimed directory."""
