@@ -117,6 +117,10 @@ class Cache:
             with disk_room(self.path):
                 for name in ("l", "meta", "pins", "work", "aside"):
                     (self.path / name).mkdir(parents=True, exist_ok=True)
+                for name in ("l", "aside"):
+                    # Layers keep owners and setuid bits, so what an image made setuid root is that here too: nobody
+                    # else may reach it. Sandboxes need no way through here, theirs is a mount.
+                    (self.path / name).chmod(0o700)
                 if not (self.path / "CACHEDIR.TAG").exists():
                     write_atomic(self.path / "CACHEDIR.TAG", _TAG)
         except OSError as error:

@@ -174,6 +174,8 @@ def copy_prefix(interpreter: Interpreter, target: Path, *, host_usr: bool) -> No
     stdlib = target / "lib" / f"python{short}"
     _copy_stdlib(interpreter.stdlib, stdlib, keep_tk=host_usr)
     (stdlib / "site-packages").mkdir()
+    if interpreter.stdlib.parent.name != "lib":  # Fedora's `lib64`, which the program looks in too
+        (target / interpreter.stdlib.parent.name).symlink_to("lib")
     _copy_headers(interpreter, target)
     _take_libraries(interpreter, target, stdlib, host_usr=host_usr)
     _forget_prefix(interpreter, target, stdlib)

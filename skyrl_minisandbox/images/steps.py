@@ -23,7 +23,8 @@ PIP_VERSIONS = {"3.6": "21.3.1", "3.7": "24.0", "3.8": "25.0.1", "3.9": "25.3"}
 """The last pip for a Python that newer ones do not support."""
 PIP_VERSION = "25.3"
 PIP_WHEEL_DIRECTORY = f"{PRIVATE}/pip"
-_IGNORED = "*.egg-info/\n__pycache__/\n*.pyc\n.pytest_cache/\n/build/\n"
+_IGNORED = "*.egg-info/\n__pycache__/\n*.pyc\n.pytest_cache/\n"
+"""What installing and testing leave in a tree, and no patch is about."""
 
 
 def pip_version(python: str) -> str:
@@ -128,6 +129,7 @@ def _commit_lines(where: str, *, force: bool) -> list[str]:
     has generated files besides, and what its project ignores is left alone as in a checkout.
     The index is written from the commit, so that it holds no inode numbers and times of the building machine.
     """
+    ignored = _IGNORED + ("" if force else "/build/\n")
     git = f"git -c safe.directory='*' -c core.logAllRefUpdates=false -c gc.auto=0 -c pack.threads=1 -C {where}"
     return [
         f"export GIT_CONFIG_GLOBAL=/dev/null GIT_AUTHOR_DATE='@{MTIME} +0000' GIT_COMMITTER_DATE='@{MTIME} +0000'",
@@ -135,7 +137,7 @@ def _commit_lines(where: str, *, force: bool) -> list[str]:
         "export GIT_COMMITTER_NAME=minisandbox GIT_COMMITTER_EMAIL=minisandbox@localhost",
         f"rm -rf {where}/.git",
         f"git -c init.defaultBranch=main init -q --template= {where}",
-        f"mkdir -p {where}/.git/info && printf {shlex.quote(_IGNORED)} > {where}/.git/info/exclude",
+        f"mkdir -p {where}/.git/info && printf {shlex.quote(ignored)} > {where}/.git/info/exclude",
         f"{git} add -A{' -f' if force else ''}",
         f"{git} commit -q --allow-empty --no-verify --no-gpg-sign -m 'Initial commit'",
         f"{git} repack -q -a -d && {git} prune-packed -q",

@@ -45,7 +45,7 @@ def make_layer(store: Store, tmp_path: Path) -> Callable[..., Layer]:
     """Store a layer of the given files (a path ending in `/` is a directory)."""
     count = 0
 
-    def make(files: dict[str, str], name: str = "made", into: Store | None = None) -> Layer:
+    def make(files: dict[str, str], name: str = "made", mode: int = 0o644) -> Layer:
         nonlocal count
         count += 1
         tree = tmp_path / f"tree{count}"
@@ -57,7 +57,8 @@ def make_layer(store: Store, tmp_path: Path) -> Callable[..., Layer]:
                 target.mkdir(exist_ok=True)
             else:
                 target.write_text(text)
-        return (into or store).put_layer(lambda sink: pack_tree(tree, sink), name)  # type: ignore[arg-type]
+                target.chmod(mode)
+        return store.put_layer(lambda sink: pack_tree(tree, sink), name)  # type: ignore[arg-type]
 
     return make
 

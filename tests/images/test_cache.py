@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -264,6 +265,26 @@ def test_a_directory_that_held_an_upper_once_is_not_tried_again(cache: Cache, mo
     cache.check_upper()
     monkeypatch.setattr("skyrl_minisandbox.images.probe.try_upper", lambda *arguments: pytest.fail("tried again"))
     Cache(cache.path).check_upper()
+
+
+@needs("root")
+def test_what_an_image_made_setuid_root_cannot_be_reached_by_other_users(
+    make_layer: Callable[..., Layer], store: Store
+) -> None:
+    def reachable(path: Path) -> bool:
+        command = ["test", "-e", str(path)]
+        return (
+            subprocess.run(command, user=65534, group=65534, extra_groups=[], timeout=60, check=False).returncode == 0
+        )
+
+    layer = make_layer({"program": "#!/bin/sh\nid -u\n"}, mode=0o4755)
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own are closed to others anyway
+        os.chmod(directory, 0o755)
+        cache = Cache(directory)
+        with cache.checkout(image_of(layer), store) as checkout:
+            program = checkout.layers[0] / "program"
+            assert program.stat().st_mode & 0o4000 and program.stat().st_uid == 0
+            assert reachable(cache.path / "CACHEDIR.TAG") and not reachable(program)
 
 
 def test_backup_programs_leave_the_cache_out(cache: Cache) -> None:
