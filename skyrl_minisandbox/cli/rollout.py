@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,8 @@ def run(request: Request) -> int:
         records = drive(settings, env, tasks, directory)
     finally:
         directory.close()
+        if sys.exc_info()[0] is not None and out.exists():
+            print(f"what had ended by then: {out}", file=sys.stderr)
     print_records(records)
     print(f"run directory: {out}")
     return 1 if any(record.outcome is Outcome.INFRA_ERROR for record in records) else 0
@@ -94,6 +97,8 @@ def drive(settings: Settings, env: EnvConfig, tasks: Sequence[Task], directory: 
 
             def one(task: Task) -> None:
                 record = driver.rollout(task, functools.partial(progress.say, task.id))
+                if driver.stopping:
+                    return  # ended by us: nothing to tell
                 with lock:
                     records[task.id] = record
                 reward = "no reward" if record.reward is None else f"reward {record.reward:g}"
