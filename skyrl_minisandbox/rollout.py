@@ -190,7 +190,7 @@ class Rollout:
             self.abort()
         with self._serial:
             if self._turn is None and grade and not self._aborted:
-                return self._finish(ended_by)
+                return self._finish(None if self._policy.wait_ended(0) else ended_by)
             return self._turn
 
     def abort(self) -> None:
@@ -243,7 +243,7 @@ class Rollout:
         image = self._store.find(task.recipe.digest())
         if image is None:
             raise StoreError(
-                f"the image of task {task.id} is not in the store {self.request.task.recipe.digest()[:12]}",
+                f"the image of task {task.id} (recipe {task.recipe.digest()[:12]}) is not in the store",
                 hint=f"minisandbox image build tasks.ids=[{task.id}]",
             )
         return self._cache.checkout(image, self._store)
@@ -356,6 +356,7 @@ class Rollout:
             node=self._node,
             error=error,
         )
+        logger.info("rollout %s: %s, ended by %s %s", record.rollout_id, outcome, ended_by, error)
         trajectory = {
             "rollout_id": request.rollout_id,
             "task_id": request.task.id,

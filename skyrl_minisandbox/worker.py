@@ -69,12 +69,12 @@ class Worker:
             if request.rollout_id in self._rollouts:
                 raise NodeError(f"rollout {request.rollout_id} is open already")
             self._rollouts[request.rollout_id] = rollout
-        return self._checked(rollout, rollout.open())
+        return self._guarded(rollout, rollout.open)
 
     def step(self, rollout_id: str, text: str) -> Turn:
         """Answer a rollout's question."""
         rollout = self._rollout(rollout_id)
-        return self._checked(rollout, rollout.step(text))
+        return self._guarded(rollout, lambda: rollout.step(text))
 
     def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Turn | None:
         """End a rollout; None where it was given up, or is not known (any more)."""
@@ -114,7 +114,14 @@ class Worker:
                 raise NodeError(f"rollout {rollout_id} is not open on node {self._setup.node}")
             return self._rollouts[rollout_id]
 
-    def _checked(self, rollout: Rollout, turn: Turn) -> Turn:
+    def _guarded(self, rollout: Rollout, call: Callable[[], Turn]) -> Turn:
+        """A rollout that is over, or that met a fault of our own code, holds nothing any more."""
+        try:
+            turn = call()
+        except BaseException:
+            rollout.abort()
+            self._forget(rollout)
+            raise
         if turn.done:
             self._forget(rollout)
         return turn

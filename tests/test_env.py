@@ -247,7 +247,7 @@ def test_many_env_threads_share_one_cluster_and_none_waits_for_a_slot(config: En
     assert len(env_module._clusters) == 1
 
 
-@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=needs("ray"))])
+@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=[needs("ray"), pytest.mark.ci])])
 def test_a_process_that_just_ends_leaves_nothing(config: EnvConfig, kind: str) -> None:
     program = (
         "import sys, skyrl_gym, skyrl_minisandbox\n"

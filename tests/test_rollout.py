@@ -164,6 +164,14 @@ def test_closing_early_grades_when_asked_to(machine: Machine) -> None:
     assert verdict(turn.finished.record) == ("resolved", "length", 1.0)
 
 
+def test_closing_early_does_not_take_a_submission_for_a_full_context(machine: Machine) -> None:
+    rollout = machine.rollout(scaffold=ScaffoldConfig("gold"))
+    rollout.open()
+    turn = rollout.close(grade=True)
+    assert turn is not None and turn.finished is not None
+    assert verdict(turn.finished.record) == ("resolved", "submit", 1.0)
+
+
 def test_closing_without_a_grade_leaves_nothing_and_no_number(machine: Machine) -> None:
     rollout = machine.rollout()
     rollout.open()
