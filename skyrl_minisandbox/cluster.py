@@ -234,6 +234,7 @@ class RayCluster(Cluster):
         self._ray = RayConnection(config)
         self._updating = threading.Lock()  # one look at the nodes at a time
         self._looked = -REFRESH
+        self._closed = False
         try:
             self._update()
         except BaseException:
@@ -251,6 +252,7 @@ class RayCluster(Cluster):
     def shutdown(self) -> None:
         import ray
 
+        self._closed = True
         with self._lock:
             places, self._places = self._places, []
         if ray.is_initialized():
@@ -273,6 +275,7 @@ class RayCluster(Cluster):
         import ray
 
         with self._updating:
+            self._check_open()
             if time.monotonic() - self._looked < REFRESH:
                 return
             living = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
@@ -289,11 +292,19 @@ class RayCluster(Cluster):
                 self._places = kept + started
             self._looked = time.monotonic()
 
+    def _check_open(self) -> None:
+        """Ray's functions start another Ray, of its defaults, in a process that has none any more."""
+        import ray
+
+        if self._closed or not ray.is_initialized():
+            raise NodeError("the cluster has been shut down")
+
     def _start(self, node: dict[str, Any]) -> RayNode:
         """Get or create the actor pinned to this node; by name, so that all processes of a job share it."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        self._check_open()
         node_id: str = node["NodeID"]
         setup = _setup(self._config, f"{node['NodeManagerHostname']}-{node_id[:6]}")
         job = ray.get_runtime_context().get_job_id()

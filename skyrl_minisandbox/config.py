@@ -217,7 +217,8 @@ class ClusterConfig(Config):
 class EnvConfig(Config):
     """All that the Env needs.
 
-    grading: `protected`, or `official`: the dataset's own procedure.
+    grading: `official`: the dataset's own command on its own test files, read from the log. `protected`, with
+        what keeps a patch from forging that log, does not exist yet and is refused rather than pretended.
     out: run directory; the logs of nodes and workers and our own Ray's temporary files go below it.
         Empty: below the cache, removed at the end.
     """
@@ -226,7 +227,7 @@ class EnvConfig(Config):
     tasks: TasksConfig = field(default_factory=TasksConfig)
     scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    grading: str = "protected"
+    grading: str = "official"
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -235,8 +236,10 @@ class EnvConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.out = _absolute(self.out) if self.out else ""
-        if self.grading not in ("protected", "official"):
-            raise InputError(f"`grading={self.grading}` must be `protected` or `official`")
+        if self.grading == "protected":
+            raise InputError("`grading=protected` does not exist yet", hint="grading=official")
+        if self.grading != "official":
+            raise InputError(f"`grading={self.grading}` must be `official`")
 
 
 def make_config(given: Any) -> EnvConfig:

@@ -154,7 +154,6 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
             task=task,
             scaffold=config.scaffold,
             reward=config.reward.name,
-            grading=config.grading,
             limits=config.sandbox.limits(),
             allow_degraded=tuple(config.sandbox.allow_degraded),
             bounds=config.rollout,

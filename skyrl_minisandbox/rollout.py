@@ -70,7 +70,6 @@ class RolloutRequest:
     task: Task
     scaffold: ScaffoldConfig
     reward: str = "binary"
-    grading: str = "protected"
     limits: Limits = dataclasses.field(default_factory=Limits)
     allow_degraded: tuple[str, ...] = ()
     bounds: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)

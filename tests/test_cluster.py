@@ -308,6 +308,30 @@ def test_two_runs_at_once_on_one_cache_both_succeed_and_leave_nothing(config: En
 
 @needs("ray")
 @pytest.mark.ci
+def test_a_call_after_the_end_starts_no_other_ray(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "import ray\n"
+        "from skyrl_minisandbox.cluster import REFRESH, RayCluster\n"
+        "from skyrl_minisandbox.config import make_config\n"
+        "from skyrl_minisandbox.errors import NodeError\n"
+        "from tests.small import request, small_task\n"
+        "cluster = RayCluster(make_config({'images': {'cache': sys.argv[1]}}))\n"
+        "cluster.shutdown()\n"
+        "cluster._looked = -REFRESH\n"  # as if the run had taken longer than a look at the nodes is good for
+        "try:\n"
+        "    cluster.open(request(small_task()))\n"
+        "except NodeError as error:\n"
+        "    print(error.message, ray.is_initialized())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the cluster has been shut down False\n", "")
+
+
+@needs("ray")
+@pytest.mark.ci
 def test_our_ray_starts_again_in_the_same_process(tmp_path: Path) -> None:
     program = (
         "import os, sys, threading\n"

@@ -74,6 +74,8 @@ def check_machine(env: EnvConfig) -> None:
 def make_policy(settings: Settings, task: Task) -> Policy:
     """The policy of one conversation."""
     options = {key: value for key, value in settings.policy.items() if key != "name"}
+    if settings.policy["name"] == "openai":
+        options["seed"] = settings.seed
     return load_policy(settings.policy["name"], task_id=task.id, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -144,16 +145,29 @@ def end_sandboxes() -> None:
 def in_threads(jobs: Sequence[Callable[[], None]], count: int, *, on_error: Callable[[], None] = end_sandboxes) -> None:
     """Run jobs in `count` threads until all are done, or one raises, or the user interrupts.
 
-    on_error: makes the jobs that still run come to an end; what they raise then is not looked at.
+    on_error: makes the jobs that still run come to an end; what they raise then is not looked at. No job
+        starts after the first that raised: it would find what `on_error` ended, or start it again.
     """
+    ending = threading.Event()
+
+    def one(job: Callable[[], None]) -> None:
+        if ending.is_set():
+            return
+        try:
+            job()
+        except BaseException:
+            ending.set()
+            raise
+
     pool = ThreadPoolExecutor(max_workers=max(1, min(count, len(jobs))), thread_name_prefix="minisandbox")
-    pending: set[Future[None]] = {pool.submit(job) for job in jobs}
+    pending: set[Future[None]] = {pool.submit(one, job) for job in jobs}
     try:
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
     except BaseException:
+        ending.set()
         pool.shutdown(wait=False, cancel_futures=True)
         on_error()
         raise

@@ -157,8 +157,8 @@ class _Build:
             self.base = host.facts()
             with self.cache.upper() as place:
                 place.mkdir()
-                self.binds, self.keep = host.make_root(place), host.KEEP
-                words = ["host", json.dumps(self.base, sort_keys=True), json.dumps(self.binds)]
+                self.binds, self.keep = host.make_root(place)
+                words = ["host", json.dumps(self.base, sort_keys=True), json.dumps([self.binds, self.keep])]
                 self._step("base host", words, lambda: (self._pack(place), {}))
             return
         packages = list(self.recipe.system_packages) + (

@@ -3,7 +3,8 @@
     CACHE/
       CACHEDIR.TAG         backup programs leave it out
       upper-ok             an overlay upper was mounted here once: not tried again
-      l/HEX16/             a layer's tree, named by the first 16 digits of its diff_id (mount options are short)
+      l/HEX16[s]/          a layer's tree, named by the first 16 digits of its diff_id (mount options are short);
+                           `s`: its owners are shifted, for a file system whose mounts cannot be id-mapped
       meta/HEX16.json      written last: a tree without it is half a tree
       pins/HEX16           flock shared by every checkout that uses the layer
       work/HEX16           flock of the one that unpacks the layer
@@ -29,6 +30,7 @@ import os
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +42,7 @@ from skyrl_minisandbox.images.image import Image
 from skyrl_minisandbox.images.layer import Layer, file_digest, short, unpack
 from skyrl_minisandbox.images.locks import Aside, acquire, disk_room, locked, write_atomic
 from skyrl_minisandbox.images.store import Store
+from skyrl_minisandbox.sandbox import owner_shift, tmpfs_holds_upper
 from skyrl_minisandbox.sandbox.spec import Bind, Limits, SandboxSpec
 
 if TYPE_CHECKING:
@@ -85,6 +88,7 @@ class Checkout:
             limits=limits or Limits(),
             network=network,
             upper=upper,
+            scratch=None if tmpfs_holds_upper() else self._cache.scratch(),
             **more,
         )
 
@@ -132,6 +136,8 @@ class Cache:
         self._aside.sweep()
         self._guard = threading.Lock()  # protects _held
         self._held: dict[str, tuple[int, int]] = {}  # name -> (descriptor of its pin, how many checkouts)
+        self._scratch: tuple[Path, contextlib.ExitStack] | None = None
+        self._shift: int | None = None
 
     # checking out
 
@@ -154,19 +160,19 @@ class Cache:
         try:
             for layer in layers:
                 hit &= self._ensure(layer, store, label)
-                pins.append(_entry_name(layer))
+                pins.append(self._name(layer))
         except BaseException:
             for name in pins:
                 self._unpin(name)
             raise
-        paths = tuple(self.path / "l" / _entry_name(layer) for layer in layers)
+        paths = tuple(self.path / "l" / self._name(layer) for layer in layers)
         if image is None:
             image = Image(digest="", layers=tuple(layers), env={}, workdir="/")
         return Checkout(image, paths, hit, time.monotonic() - start, pins, self)
 
     def _ensure(self, layer: Layer, store: Store, label: str) -> bool:
         """Have the layer here and pinned once more; returns whether it was here."""
-        name = _entry_name(layer)
+        name = self._name(layer)
         if self._pin_if_good(name, layer):
             return True
         with locked(self.path / "work" / name):
@@ -189,7 +195,7 @@ class Cache:
             os.chmod(tree, 0o755)
             try:
                 with disk_room(self.path):
-                    unpack(blob, layer, tree)
+                    unpack(blob, layer, tree, shift=self.shift)
                     _sync(tree)
             except CorruptLayer as error:
                 raise self._corrupt(error, layer, blob, store, label) from None
@@ -209,6 +215,17 @@ class Cache:
         return CorruptLayer(text, hint=f"{removed}build the image again: minisandbox image build")
 
     # entries
+
+    @property
+    def shift(self) -> int:
+        """Added to the owners of unpacked layers where the kernel or this file system cannot id-map a mount."""
+        if self._shift is None:
+            self._shift = owner_shift(self.path)
+        return self._shift
+
+    def _name(self, layer: Layer) -> str:
+        """Trees with shifted owners are entries of their own: another kernel may share the directory later."""
+        return layer.diff_id.partition(":")[2][:_NAME] + ("s" if self.shift else "")
 
     def _meta(self, name: str) -> dict[str, Any] | None:
         try:
@@ -287,6 +304,15 @@ class Cache:
 
     # room for uppers
 
+    def scratch(self) -> Path:
+        """Where sandboxes of this process make their uppers when a tmpfs cannot hold one; swept when it is dead."""
+        with self._guard:
+            if self._scratch is None:
+                stack = contextlib.ExitStack()
+                self._scratch = (stack.enter_context(self._aside.place()), stack)
+                weakref.finalize(self, stack.close)
+            return self._scratch[0]
+
     @contextlib.contextmanager
     def upper(self) -> Iterator[Path]:
         """A directory on this disk for a sandbox's upper (it does not exist yet); gone at the end."""
@@ -322,10 +348,6 @@ class Cache:
                 hint="name a directory on a local disk (ext4, xfs, btrfs) or tmpfs: images.cache=DIR",
             ) from error
         write_atomic(remembered, here.encode())
-
-
-def _entry_name(layer: Layer) -> str:
-    return layer.diff_id.partition(":")[2][:_NAME]
 
 
 def _glance(tree: Path) -> dict[str, Any]:

@@ -79,11 +79,16 @@ EMPTY_DIRECTORIES = {
     **{f"usr/local/{name}": 0o755 for name in ("bin", "etc", "include", "lib", "sbin", "share", "src")},
 }
 KEEP = ("/usr/local",)
+"""Paths below /usr that stay ours."""
+_PACKAGES = ("usr/lib/python3/dist-packages", "usr/lib/python3*/site-packages", "usr/lib64/python3*/site-packages")
+"""What the machine's package manager installed for its own Python: it may hold a later release of the very project that
+a task is about, so it is covered too."""
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
-def make_root(target: Path, host: Path = Path("/")) -> tuple[tuple[str, str], ...]:
-    """Fill the empty directory `target` with the root file system of base `host`; returns its binds.
+def make_root(target: Path, host: Path = Path("/")) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Fill the empty directory `target` with the root file system of base `host`; returns its binds, and the paths
+    that stay ours below them.
 
     host: where the host's tree is read from; only tests name another.
     """
@@ -107,7 +112,13 @@ def make_root(target: Path, host: Path = Path("/")) -> tuple[tuple[str, str], ..
         _copy_public(host / "etc" / name, etc / name)
     for directory, _, _ in os.walk(etc):
         os.chmod(directory, 0o755)
-    return tuple(binds)
+    found_packages = sorted({path for pattern in _PACKAGES for path in host.glob(pattern) if path.is_dir()})
+    packages = [str(path.relative_to(host)) for path in found_packages if not path.is_symlink()]
+    for name in packages:
+        (target / name).mkdir(parents=True)
+    for directory, _, _ in os.walk(target / "usr"):
+        os.chmod(directory, 0o755)
+    return tuple(binds), (*KEEP, *(f"/{name}" for name in packages))
 
 
 def _inside_usr(link: str) -> str:

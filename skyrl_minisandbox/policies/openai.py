@@ -32,6 +32,7 @@ class OpenAIPolicy:
     timeout: seconds for one request.
     retries: further attempts after a connection error or a status that may pass (429, 5xx).
     deadline: seconds for one answer with all its attempts.
+    seed: sent along, for endpoints that sample by it; None sends none.
     task_id: sent nowhere.
 
     finish_reason: of the last answer (`stop`, `length`).
@@ -48,6 +49,7 @@ class OpenAIPolicy:
         timeout: float = 300.0,
         retries: int = 4,
         deadline: float = 900.0,
+        seed: int | None = None,
         task_id: str = "",
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
@@ -62,6 +64,7 @@ class OpenAIPolicy:
         self.timeout = timeout
         self.retries = retries
         self.deadline = deadline
+        self.seed = seed
         self.finish_reason = ""
         self._api_key_env = api_key_env
         self._session = requests.Session()
@@ -75,6 +78,8 @@ class OpenAIPolicy:
         }
         if self.temperature is not None:
             body["temperature"] = self.temperature
+        if self.seed is not None:
+            body["seed"] = self.seed
         end = time.monotonic() + self.deadline
         pause, failure = 0.5, ""
         for attempt in range(self.retries + 1):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skyrl_minisandbox.sandbox.client import owner_shift as owner_shift
     from skyrl_minisandbox.sandbox.client import shutdown_launcher as shutdown_launcher
+    from skyrl_minisandbox.sandbox.client import tmpfs_holds_upper as tmpfs_holds_upper
     from skyrl_minisandbox.sandbox.sandbox import Sandbox as Sandbox
     from skyrl_minisandbox.sandbox.sandbox import Shell as Shell
     from skyrl_minisandbox.sandbox.spec import Bind as Bind
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
     from skyrl_minisandbox.sandbox.spec import Limits as Limits
     from skyrl_minisandbox.sandbox.spec import SandboxSpec as SandboxSpec
 
-__all__ = ["Bind", "CommandResult", "Limits", "Sandbox", "SandboxSpec", "Shell", "owner_shift", "shutdown_launcher"]
+__all__ = [
+    "Bind", "CommandResult", "Limits", "Sandbox", "SandboxSpec", "Shell", "owner_shift", "shutdown_launcher",
+    "tmpfs_holds_upper",
+]
 
-_WHERE = {"Sandbox": "sandbox", "Shell": "sandbox", "owner_shift": "client", "shutdown_launcher": "client"}
+_WHERE = {
+    "Sandbox": "sandbox", "Shell": "sandbox", "owner_shift": "client", "shutdown_launcher": "client",
+    "tmpfs_holds_upper": "client",
+}
 
 
 def __getattr__(name: str) -> Any:

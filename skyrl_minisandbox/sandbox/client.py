@@ -183,6 +183,12 @@ def shared() -> LauncherClient:
         return _shared
 
 
+def tmpfs_holds_upper() -> bool:
+    """Whether a sandbox's upper can be a tmpfs here; without that `SandboxSpec.scratch` is needed (Linux 6.1
+    and before, for a plain user). Raises `MachineError` where no sandbox can be made at all."""
+    return bool(shared().facts["tmpfs_upper"])
+
+
 def owner_shift(directory: Path) -> int:
     """What must be added to the owners of layers unpacked below `directory`, so that a sandbox sees them as they are.
 

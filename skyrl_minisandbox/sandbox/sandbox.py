@@ -161,6 +161,9 @@ class Sandbox:
             "argv": argv, "env": self._environment(env), "cwd": cwd or self.spec.workdir, "user": user,
             "timeout": timeout, "input": input is not None,
         }
+        if len(json.dumps(ask)) > wire.MAX_PAYLOAD:  # more than a kernel takes anyway: told as a shell tells it
+            text = f"{argv[0]}: {os.strerror(errno.E2BIG)}\n".encode(errors="replace")
+            return CommandResult(stdout=b"", stderr=text, exit_code=126, merged=text)
         with self._lock:
             request = self._send(Ask.RUN, ask)
             if input is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -23,8 +24,11 @@ from skyrl_minisandbox.images.image import Image
 from skyrl_minisandbox.images.layer import Layer, unpack
 from skyrl_minisandbox.images.locks import acquire
 from skyrl_minisandbox.images.store import BlobMissing, Store
+from skyrl_minisandbox.sandbox import Bind, Sandbox
 from tests.images.conftest import image_of
 from tests.support import needs
+
+HOST_BINDS = tuple(Bind(f"/{name}", f"/{name}") for name in ("usr", "lib", "lib64") if os.path.isdir(f"/{name}"))
 
 pytestmark = needs("overlay")  # a checkout makes sure once that the directory can hold an upper
 
@@ -59,10 +63,10 @@ def test_many_threads_unpack_a_layer_once(
     calls: list[Layer] = []
     real = unpack
 
-    def slow(blob: Path, layer: Layer, target: Path) -> None:
+    def slow(blob: Path, layer: Layer, target: Path, **more: int) -> None:
         calls.append(layer)
         time.sleep(0.2)  # long enough that every other thread comes to wait
-        real(blob, layer, target)
+        real(blob, layer, target, **more)
 
     monkeypatch.setattr(cache_module, "unpack", slow)
     caches = [cache, Cache(cache.path)]  # as two Nodes of one process have it
@@ -86,9 +90,9 @@ from skyrl_minisandbox.images.store import Store
 from skyrl_minisandbox.images import cache as module
 store = Store(sys.argv[1])
 real = module.unpack
-def told(blob, layer, target):
+def told(blob, layer, target, **more):
     print("unpacks", layer.name, flush=True)
-    real(blob, layer, target)
+    real(blob, layer, target, **more)
 module.unpack = told
 checkout = Cache(sys.argv[2]).checkout(store.images()[0], store)
 print("done", checkout.layers[0].joinpath("a").read_text(), flush=True)
@@ -296,3 +300,20 @@ def test_a_cache_that_cannot_be_made_is_the_machines_fault(tmp_path: Path) -> No
     with pytest.raises(MachineError, match="cannot be made") as caught:
         Cache(tmp_path / "file" / "cache")
     assert "images.cache=DIR" in caught.value.hint
+
+
+@needs("root")
+def test_layers_keep_their_owners_where_mounts_cannot_be_id_mapped(
+    make_layer: Callable[..., Layer], store: Store, mounted: Callable[..., Path]
+) -> None:
+    """ramfs is such a file system; so is what kernels before 5.19 have."""
+    cache = Cache(mounted("ramfs", "") / "cache")
+    layer = make_layer({"usr/local/": "", "testbed/file": "text"})
+    assert cache.shift > 0
+    with cache.checkout_layers((layer,), store) as checkout:
+        assert checkout.layers[0].name.endswith("s")
+        assert (checkout.layers[0] / "testbed/file").stat().st_uid == cache.shift
+        spec = dataclasses.replace(checkout.sandbox_spec(), binds=HOST_BINDS)
+        with Sandbox(spec) as sandbox:
+            assert sandbox.run(["/usr/bin/stat", "-c", "%u", "/testbed/file"]).output == "0\n"
+            assert sandbox.run(["/usr/bin/touch", "/testbed/file"]).exit_code == 0

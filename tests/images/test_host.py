@@ -35,6 +35,8 @@ def fake_host(tmp_path: Path) -> Path:
         "root/.ssh/id": "SECRET",
         "usr/bin/true": "",
         "srv/data": "SECRET",
+        "usr/lib/python3/dist-packages/project.py": "SECRET",
+        "usr/lib64/python3.13/site-packages/project.py": "SECRET",
     }
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def fake_host(tmp_path: Path) -> Path:
 def test_etc_is_made_of_what_is_allowed(fake_host: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()
-    binds = host.make_root(made, fake_host)
+    binds, keep = host.make_root(made, fake_host)
     texts = {str(path.relative_to(made)): path.read_text() for path in made.rglob("*") if path.is_file()}
     assert not [name for name, text in texts.items() if "SECRET" in text or "alice" in text]
     assert texts["etc/ssl/certs/ca-certificates.crt"] == "certificates"
@@ -60,6 +62,8 @@ def test_etc_is_made_of_what_is_allowed(fake_host: Path, tmp_path: Path) -> None
     assert os.readlink(made / "etc/localtime") == "/usr/share/zoneinfo/UTC"
     assert not os.path.lexists(made / "etc/ssl/certs/local.pem")
     assert os.readlink(made / "bin") == "usr/bin" and os.readlink(made / "lib64") == "usr/lib64"
+    packages = ("/usr/lib/python3/dist-packages", "/usr/lib64/python3.13/site-packages")
+    assert keep == ("/usr/local", *packages) and all(os.listdir(f"{made}{path}") == [] for path in packages)
     assert binds == ((f"{fake_host}/usr", "/usr"), (f"{fake_host}/lib", "/lib"))  # /lib of this one is not merged
     assert sorted(os.listdir(made / "usr/local")) == ["bin", "etc", "include", "lib", "sbin", "share", "src"]
     assert os.listdir(made / "opt") == [] and os.listdir(made / "root") == []
@@ -81,6 +85,8 @@ def planted() -> Iterator[dict[str, str]]:
     pip_conf = Path("/etc/pip.conf")
     before = pip_conf.read_bytes() if pip_conf.exists() else None
     places = [Path("/usr/local/share") / name, Path("/opt") / name]
+    if Path("/usr/lib/python3/dist-packages").is_dir():  # where a later release of a task's own project may lie
+        places.append(Path("/usr/lib/python3/dist-packages") / name)
     made_directories = [place.parent for place in places if not place.parent.exists()]
     try:
         for place in places:

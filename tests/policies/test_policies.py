@@ -92,10 +92,11 @@ class TestOpenAI:
                 api_key_env="OWN_KEY",
                 temperature=0.5,
                 max_tokens=7,
+                seed=3,
                 task_id="t",
             )
             assert policy.query([{**ASK[0], "extra": "not for the endpoint"}]) == "answer"
-        assert server.requests == [{"model": "m", "messages": ASK, "max_tokens": 7, "temperature": 0.5}]
+        assert server.requests == [{"model": "m", "messages": ASK, "max_tokens": 7, "temperature": 0.5, "seed": 3}]
         assert server.headers[0]["Authorization"] == "Bearer secret-value"
 
     def test_without_a_key_none_is_sent(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -52,6 +52,13 @@ def test_a_missing_program_or_directory_is_a_result(sandbox: Sandbox) -> None:
     assert (result.exit_code, result.output) == (126, "cannot start in /no/such: No such file or directory\n")
 
 
+def test_a_command_that_is_too_long_is_a_result(sandbox: Sandbox) -> None:
+    for length in (200_000, 3_000_000):
+        result = sandbox.run(["echo", "x" * length])
+        assert result.exit_code == 126 and "Argument list too long" in result.output
+    assert sandbox.run("echo on").output == "on\n"
+
+
 def test_a_signal_is_told_as_a_shell_tells_it(sandbox: Sandbox) -> None:
     assert sandbox.run("kill -TERM $$").exit_code == 143
 
