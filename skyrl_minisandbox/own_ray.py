@@ -80,6 +80,7 @@ class RayConnection:
         if len(f"{parent}/ray-12345678") + RAY_TAIL > SOCKET_PATH:
             parent = None  # the system's temporary directory; the claim finds it again
         self._claim = Claim(cache, parent, "ray-" if parent is not None else "minisandbox-")
+        self._saved["PYTHONBREAKPOINT"] = os.environ.get("PYTHONBREAKPOINT")  # Ray (2.60) sets its own
         self._set("RAY_USAGE_STATS_ENABLED", "0")
         self._set("RAY_worker_niceness", "0")  # not 15: tests have time limits
         if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):

@@ -334,7 +334,7 @@ def test_a_call_after_the_end_starts_no_other_ray(tmp_path: Path) -> None:
 @pytest.mark.ci
 def test_our_ray_starts_again_in_the_same_process(tmp_path: Path) -> None:
     program = (
-        "import os, sys, threading\n"
+        "import os, sys, threading, ray\n"
         "from skyrl_minisandbox.own_ray import RayConnection\n"
         "from skyrl_minisandbox.config import make_config\n"
         "before = dict(os.environ)\n"

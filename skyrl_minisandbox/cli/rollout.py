@@ -22,6 +22,7 @@ from skyrl_minisandbox.cli.settings import Settings, load_settings, run_director
 from skyrl_minisandbox.cli.workbench import Workbench, in_threads
 from skyrl_minisandbox.config import EnvConfig
 from skyrl_minisandbox.errors import PolicyError
+from skyrl_minisandbox.images import Cache
 from skyrl_minisandbox.policies import Policy, load_policy
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
 from skyrl_minisandbox.rewards import load_reward
@@ -52,8 +53,10 @@ def run(request: Request) -> int:
         records = drive(settings, env, tasks, directory)
     finally:
         directory.close()
-        if sys.exc_info()[0] is not None and out.exists():
-            print(f"what had ended by then: {out}", file=sys.stderr)
+        if sys.exc_info()[0] is not None:
+            Cache(settings.env.images.cache)  # sweeps what a worker left that was ended while it unpacked
+            if out.exists():
+                print(f"what had ended by then: {out}", file=sys.stderr)
     print_records(records)
     print(f"run directory: {out}")
     return 1 if any(record.outcome is Outcome.INFRA_ERROR for record in records) else 0
