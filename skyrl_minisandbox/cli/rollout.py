@@ -7,6 +7,7 @@ The policy answers here, between two steps, as the trainer's model does in train
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -21,7 +22,7 @@ from skyrl_minisandbox.cli.run_directory import RunDirectory, check_unused
 from skyrl_minisandbox.cli.settings import Settings, load_settings, run_directory
 from skyrl_minisandbox.cli.workbench import Workbench, in_threads
 from skyrl_minisandbox.config import EnvConfig
-from skyrl_minisandbox.errors import PolicyError
+from skyrl_minisandbox.errors import MiniSandboxError, PolicyError
 from skyrl_minisandbox.images import Cache
 from skyrl_minisandbox.policies import Policy, load_policy
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
@@ -54,7 +55,8 @@ def run(request: Request) -> int:
     finally:
         directory.close()
         if sys.exc_info()[0] is not None:
-            Cache(settings.env.images.cache)  # sweeps what a worker left that was ended while it unpacked
+            with contextlib.suppress(MiniSandboxError):  # the first error is the one to tell
+                Cache(settings.env.images.cache)  # sweeps what a worker left that was ended while it unpacked
             if out.exists():
                 print(f"what had ended by then: {out}", file=sys.stderr)
     print_records(records)
