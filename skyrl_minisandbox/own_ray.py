@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import tempfile
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -76,10 +77,7 @@ class RayConnection:
     def _own(self, config: EnvConfig) -> dict[str, Any]:
         """Options for a small and quiet Ray of our own, all of it below one claimed directory."""
         cache = Path(config.images.cache)
-        parent: Path | None = Path(config.out) if config.out else cache / "runs"
-        if len(f"{parent}/ray-12345678") + RAY_TAIL > SOCKET_PATH:
-            parent = None  # the system's temporary directory; the claim finds it again
-        self._claim = Claim(cache, parent, "ray-" if parent is not None else "minisandbox-")
+        self._claim = Claim(cache, *ray_place(Path(config.out) if config.out else cache / "runs"))
         self._saved["PYTHONBREAKPOINT"] = os.environ.get("PYTHONBREAKPOINT")  # Ray (2.60) sets its own
         self._set("RAY_USAGE_STATS_ENABLED", "0")
         self._set("RAY_worker_niceness", "0")  # not 15: tests have time limits
@@ -131,6 +129,21 @@ class RayConnection:
     def _set(self, name: str, value: str) -> None:
         self._saved[name] = os.environ.get(name)
         os.environ[name] = value
+
+
+def ray_place(wanted: Path) -> tuple[Path, str]:
+    """Parent and prefix of our own Ray's directory: `wanted` where Ray's sockets have room below it, else the first
+    temporary directory that is short enough; the claim finds it again."""
+    places = [(wanted, "ray-")]
+    places += [(Path(path), "minisandbox-") for path in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")]
+    for parent, prefix in places:
+        room = len(f"{parent}/{prefix}12345678".encode()) + RAY_TAIL <= SOCKET_PATH
+        if room and (parent is wanted or os.access(parent, os.W_OK)):
+            return parent, prefix
+    raise MachineError(
+        f"Ray's sockets have no room below {wanted} nor in any temporary directory: a path takes {SOCKET_PATH} bytes",
+        hint="out=DIR with a short path, or cluster=local, which runs without Ray",
+    )
 
 
 def _expect_ray(address: str) -> None:

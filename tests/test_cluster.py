@@ -26,7 +26,7 @@ from skyrl_minisandbox.cluster import (
 )
 from skyrl_minisandbox.config import EnvConfig, make_config
 from skyrl_minisandbox.errors import NodeError
-from skyrl_minisandbox.own_ray import RAY_TAIL, SOCKET_PATH
+from skyrl_minisandbox.own_ray import RAY_TAIL, SOCKET_PATH, ray_place
 from tests.small import SOLVE, build_small_image, request, small_task
 from tests.support import REPOSITORY, descendants, needs
 
@@ -161,6 +161,15 @@ def test_commands_through_ray_find_the_signals_and_the_priority_that_they_find_w
     text = cluster.step(asked.rollout_id, "grep -E 'SigBlk|SigIgn' /proc/self/status; nice").messages[0]["content"]
     assert text.split() == ["exit", "code", "0", "SigBlk:", "0" * 16, "SigIgn:", "0" * 16, "0"]
     cluster.close(asked.rollout_id, grade=False)
+
+
+def test_ray_goes_where_its_sockets_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ray_place(Path("/r")) == (Path("/r"), "ray-")
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    parent, prefix = ray_place(long)
+    assert parent != long and prefix == "minisandbox-" and os.access(parent, os.W_OK)
 
 
 @sandboxes
