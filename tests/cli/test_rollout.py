@@ -65,6 +65,21 @@ def test_a_run_directory_is_what_the_design_says(minisandbox: Command, places: l
     assert row["tests"] == grades["tests"]
 
 
+@needs("mini")
+def test_recorded_answers_solve_every_recorded_task_through_the_env(
+    minisandbox: Command, places: list[str], tmp_path: Path
+) -> None:
+    recorded = load_script("pypi")
+    assert len(recorded) >= 3
+    overrides = ["scaffold=mini", "policy=script", f"tasks.ids=[{','.join(recorded)}]", f"out={tmp_path}/out"]
+    done = minisandbox("rollout", *overrides, *places)
+    assert done.code == 0, done.err
+    results = {result["task_id"]: result for result in lines(tmp_path / "out/results.jsonl")}
+    assert {task: result["outcome"] for task, result in results.items()} == dict.fromkeys(recorded, "resolved")
+    assert {task: result["turns"] for task, result in results.items()} == {t: len(v) for t, v in recorded.items()}
+    assert {result["ended_by"] for result in results.values()} == {"submit"}
+
+
 def test_unresolved_is_a_result_and_no_error(minisandbox: Command, places: list[str], tmp_path: Path) -> None:
     for scaffold, outcome in (("empty", "empty_patch"), ("wrong", "unresolved")):
         out = tmp_path / scaffold
