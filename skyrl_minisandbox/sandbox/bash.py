@@ -8,6 +8,7 @@ that ended (`exit`, `exec`, `set -e`, a kill) is started anew from them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shlex
@@ -22,12 +23,16 @@ _ATTEMPTS = 5  # rounds of killing a command's processes before the shell itself
 class Bash:
     """One shell. init feeds it descriptors' events; it holds at most one running command."""
 
-    def __init__(self, key: str, env: dict[str, str], cwd: str, user: str | None, rlimits: dict[int, int]) -> None:
+    def __init__(
+        self, key: str, env: dict[str, str], cwd: str, user: str | None, rlimits: dict[int, int],
+        score: processes.OomScore,
+    ) -> None:
         self.key = key
         self.env = env
         self.cwd = cwd
         self.user = user
         self.rlimits = rlimits
+        self.score = score
         self.pid = 0
         self.control = -1
         self._input = -1
@@ -41,19 +46,30 @@ class Bash:
 
     def start(self) -> None:
         """Start bash; after the first time, with the exports, functions and directory of before."""
-        command_read, self._input = os.pipe2(os.O_CLOEXEC)
-        self.control, control_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(control_write, True)
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        cwd = self.cwd if os.path.isdir(self.cwd) else "/"
-        self.pid = processes.spawn(
-            ["bash", "--noprofile", "--norc"], env=self.env, cwd=cwd, user=self.user,
-            fds={0: command_read, 1: null, 2: null, _CONTROL: control_write}, rlimits=self.rlimits,
-        )
         if not self.started:
             # Written by the shell, whoever it runs as; another process that writes to it harms only this shell.
-            os.close(os.open(self._path("state"), os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC))
-            os.chmod(self._path("state"), 0o666)
+            os.close(self._new_file("state", 0o666))
+        held: list[int] = []
+        try:
+            command_read, self._input = os.pipe2(os.O_CLOEXEC)
+            held += [command_read, self._input]
+            self.control, control_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            held += [self.control, control_write]
+            os.set_blocking(self._input, False)  # others inside can fill it
+            os.set_blocking(control_write, True)
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            held.append(null)
+            cwd = self.cwd if os.path.isdir(self.cwd) else "/"
+            self.pid = processes.spawn(
+                ["bash", "--noprofile", "--norc"], env=self.env, cwd=cwd, user=self.user,
+                fds={0: command_read, 1: null, 2: null, _CONTROL: control_write}, rlimits=self.rlimits,
+                score=self.score,
+            )
+        except OSError:
+            for fd in held:
+                os.close(fd)
+            self.control = self._input = -1
+            raise
         for fd in (command_read, control_write, null):
             os.close(fd)
         if self.started and os.path.exists(self._path("state")):
@@ -65,6 +81,15 @@ class Bash:
     def _path(self, name: str) -> str:
         return f"{PRIVATE}/{self.key}.{name}"
 
+    def _new_file(self, name: str, mode: int) -> int:
+        """A descriptor of a new file: what lies there now may be a link, or a FIFO, which would hold init."""
+        path = self._path(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        os.fchmod(fd, mode)
+        return fd
+
     def _send(self, line: str) -> None:
         try:
             os.write(self._input, line.encode())
@@ -72,13 +97,15 @@ class Bash:
             pass  # bash has just ended: its exit is on the way
 
     def begin(self, command: str) -> int:
-        """Hand over a command; returns the descriptor its output comes from."""
+        """Hand over a command; returns the descriptor its output comes from.
+
+        Raises `OSError`: `BlockingIOError` when bash does not take any more, as others filled its input.
+        """
         self._count += 1
         self._nonce = secrets.token_hex(16).encode()
         self._told = b""
         file, output = self._path("command"), self._path(f"output{self._count}")
-        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as handle:
+        with open(self._new_file("command", 0o644), "w", encoding="utf-8", errors="surrogateescape") as handle:
             handle.write(command)
             handle.write("\n")
         os.mkfifo(output)
@@ -87,12 +114,18 @@ class Bash:
         self._spare = frozenset(self._children())
         restore = f"(exit {self._exit_code}); " if self._exit_code else ""
         state = self._path("state")
-        self._send(
+        line = (
             f"{restore}. {file} </dev/null >{output} 2>&1 {_CONTROL}>&-; __minisandbox_code=$?; "
             f"{{ builtin export -p; builtin declare -f; }} 2>/dev/null >{state}; "
             f"builtin printf '%s %d %s\\0' {self._nonce.decode()} $__minisandbox_code \"$PWD\" >&{_CONTROL}; "
             f"builtin unset __minisandbox_code\n"
         )
+        try:
+            self._send(line)
+        except OSError:
+            os.close(read)
+            os.unlink(output)
+            raise
         return read
 
     def opened(self) -> None:
@@ -126,7 +159,7 @@ class Bash:
             nonce, _, rest = part.partition(b" ")
             if nonce == self._nonce:
                 code, _, cwd = rest.partition(b" ")
-                self._exit_code = int(code) & 0xFF if code.isdigit() else 1
+                self._exit_code = int(code) & 0xFF if code.isdigit() and len(code) <= 3 else 1
                 self.cwd = os.fsdecode(cwd)
                 return self._exit_code, self.cwd
         return None

@@ -15,6 +15,7 @@ import socket
 from typing import Any
 
 from skyrl_minisandbox.sandbox import linux, mounts, seccomp, wire
+from skyrl_minisandbox.sandbox.processes import OomScore
 from skyrl_minisandbox.sandbox.serve import Server
 from skyrl_minisandbox.sandbox.wire import Answer
 
@@ -35,6 +36,7 @@ class SetupFailed(Exception):
 
 def run_init(request: dict[str, Any], sock: socket.socket, root_fd: int, bind_fds: list[int]) -> None:
     """Be init. Never returns."""
+    score = OomScore(mounts.HOST + "/proc/self/oom_score_adj")
     try:
         _set_up(request, root_fd, bind_fds)
     except SetupFailed as error:
@@ -46,7 +48,7 @@ def run_init(request: dict[str, Any], sock: socket.socket, root_fd: int, bind_fd
         os._exit(1)
     sock.sendall(wire.frame(Answer.READY, 0, ",".join(request["lost"]).encode()))
     try:
-        Server(request, sock).serve()
+        Server(request, sock, score).serve()
     finally:
         os._exit(0)
 

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import os
 import pwd
 import resource
 import signal
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from skyrl_minisandbox.sandbox import linux
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what a shell exits with
 
-# Commands die for memory before init does: raising one's own score needs no privilege.
-_OOM_SCORE = "500"
-_OOM_FILE = "/proc/self/oom_score_adj"
+_OOM_SCORE = 500
 _HIGHEST_FD = (1 << 32) - 1
+
+
+class OomScore:
+    """Commands die for memory before init does: they inherit a score that is raised while they are forked.
+
+    A command cannot write its own score before it execs without becoming dumpable, and then everybody inside could
+    open its /proc/N/exe, which is the machine's interpreter, until it execs. path: init's own score, opened while init
+    is dumpable itself.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self._own = int(os.pread(self._fd, 16, 0))
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Never lowered: in a pod the machine's own may be above ours already, and going below it needs privilege."""
+        if self._fd < 0 or self._own >= _OOM_SCORE:
+            yield
+            return
+        os.pwrite(self._fd, str(_OOM_SCORE).encode(), 0)
+        try:
+            yield
+        finally:
+            os.pwrite(self._fd, str(self._own).encode(), 0)
 
 
 class Capture:
@@ -72,29 +99,30 @@ def _append(chunks: Any, stream: int, data: bytes) -> None:
 
 def spawn(
     argv: list[str], *, env: dict[str, str], cwd: str, user: str | None, fds: dict[int, int],
-    rlimits: dict[int, int],
+    rlimits: dict[int, int], score: OomScore,
 ) -> int:
     """Fork and exec in a session of its own; returns the pid.
 
     fds: target descriptor -> descriptor of ours. What fails after the fork is told the way a shell tells it: a line on
     standard error and exit code 126 or 127.
     """
-    pid = os.fork()
-    if pid:
+    with score.raised():
+        pid = os.fork()
+        if pid == 0:
+            _exec(argv, env, cwd, user, fds, rlimits)
         return pid
+
+
+def _exec(
+    argv: list[str], env: dict[str, str], cwd: str, user: str | None, fds: dict[int, int], rlimits: dict[int, int]
+) -> NoReturn:
     try:
         os.setsid()
         for target, fd in fds.items():
             os.dup2(fd, target, inheritable=True)
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        # A process that is not dumpable, as init's children are until they exec, may not write its own score. What
-        # others could see of it in the meantime is a copy of init without init's descriptors, and no secret.
         linux.close_range(max(max(fds), 2) + 1, _HIGHEST_FD)
-        linux.prctl(linux.PR_SET_DUMPABLE, 1)
-        if os.path.exists(_OOM_FILE):
-            with open(_OOM_FILE, "w") as file:
-                file.write(_OOM_SCORE)
         for limit, value in rlimits.items():
             resource.setrlimit(limit, (value, value))
         if user is not None:

@@ -24,6 +24,8 @@ from skyrl_minisandbox.sandbox.wire import Answer, Ask
 
 # How long a killed command may take to end before its result is given without it, seconds.
 _GRACE = 5.0
+# The same for every process at once, on a machine that many sandboxes load; below what the owner waits for an answer.
+_FREEZE = 20.0
 _KILL_PAUSE = 0.05
 _STDIN_WINDOW = 1 << 20
 # What a pipe can hold at a command's end (1 MiB at most without privilege) is 16 chunks; what a background
@@ -52,8 +54,9 @@ class _Command:
 class Server:
     """The loop. `request` is the launcher's, as init got it."""
 
-    def __init__(self, request: dict[str, Any], sock: socket.socket) -> None:
+    def __init__(self, request: dict[str, Any], sock: socket.socket, score: processes.OomScore) -> None:
         self._sock = sock
+        self._score = score
         self._sock.setblocking(False)
         self._limits = request["limits"]
         self._rlimits = {
@@ -111,6 +114,8 @@ class Server:
                 self._handle(kind, request, payload)
             except OSError as error:
                 self._error(request, error)
+            except ValueError as error:  # a path with a NUL in it
+                self._error(request, OSError(errno.EINVAL, str(error)))
         return True
 
     def _handle(self, kind: int, request: int, payload: bytes) -> None:
@@ -155,7 +160,7 @@ class Server:
             out_write, err_write = theirs[:2]
             pid = processes.spawn(
                 ask["argv"], env=ask["env"], cwd=ask["cwd"], user=ask["user"],
-                fds={0: stdin, 1: out_write, 2: err_write}, rlimits=self._rlimits,
+                fds={0: stdin, 1: out_write, 2: err_write}, rlimits=self._rlimits, score=self._score,
             )
         except OSError as error:
             # What runs inside has used up processes or descriptors: a result, told as a shell would.
@@ -180,7 +185,9 @@ class Server:
         key = ask["shell"]
         shell = self._shells.get(key)
         if shell is None:
-            shell = self._shells[key] = Bash(key, ask["env"], ask["cwd"], ask["user"], self._rlimits)
+            shell = self._shells[key] = Bash(
+                key, ask["env"], ask["cwd"], ask["user"], self._rlimits, self._score
+            )
         try:
             if not shell.pid:
                 shell.start()
@@ -188,6 +195,10 @@ class Server:
                 self._by_output[shell.control] = None
             output = shell.begin(ask["command"])
         except OSError as error:
+            if isinstance(error, BlockingIOError):
+                # It takes no more commands: the next one finds a fresh shell.
+                processes.kill_all({shell.pid})
+                self._reap(wait=_KILL_PAUSE)
             self._refuse(request, f"cannot run in the shell: {error.strerror}")
             return
         command = _Command(request, shell.pid, ask["timeout"], self._limits["output"])
@@ -254,7 +265,7 @@ class Server:
 
     def _freeze(self, request: int) -> None:
         """Kill every process but ourselves and wait until the last is gone."""
-        deadline = time.monotonic() + _GRACE
+        deadline = time.monotonic() + _FREEZE
         while time.monotonic() < deadline:
             try:
                 os.kill(-1, signal.SIGKILL)

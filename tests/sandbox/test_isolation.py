@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,3 +183,28 @@ def test_two_sandboxes_share_nothing(open_sandbox: Callable[..., Sandbox]) -> No
     one, two = open_sandbox(), open_sandbox()
     one.run("echo x > /tmp/mark; echo x > /dev/shm/mark")
     assert two.run("ls /tmp/mark /dev/shm/mark").exit_code != 0
+
+
+SPY = r"""
+import os, time
+found = set()
+while not os.path.exists("/tmp/stop"):
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            try:
+                found.add(os.readlink(f"/proc/{name}/exe"))
+            except OSError:
+                pass
+open("/tmp/found", "w").write("\n".join(found))
+"""
+
+
+def test_the_machines_interpreter_is_never_to_be_had(sandbox: Sandbox) -> None:
+    """Between fork and exec a command is a copy of init, whose program lies outside of the sandbox."""
+    sandbox.write_file("/tmp/spy.py", SPY.encode())
+    sandbox.run("setsid python3 /tmp/spy.py >/dev/null 2>&1 &")
+    for _ in range(300):
+        sandbox.run(["/bin/true"], user="0")
+    sandbox.run("touch /tmp/stop; while [ ! -s /tmp/found ]; do sleep 0.1; done", timeout=20)
+    found = sandbox.read_file("/tmp/found").decode().splitlines()
+    assert found and os.path.realpath(sys.executable) not in found

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from skyrl_minisandbox.sandbox import Sandbox
@@ -52,3 +56,20 @@ def test_open_files_and_core_size_are_limited(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("path", ["/proc/1/environ", "/proc/1/mem", "/proc/1/maps", "/proc/1/fd", "/proc/1/cwd/"])
 def test_init_cannot_be_looked_into(sandbox: Sandbox, path: str) -> None:
     assert sandbox.run(f"ls {path} && cat {path}").exit_code != 0
+
+
+def test_a_commands_score_for_memory_is_raised_and_never_lowered(layer: Path) -> None:
+    """In a pod the machine's own score may be higher than ours, and lowering it is forbidden there."""
+    script = (
+        "import sys; from pathlib import Path; from tests.sandbox.conftest import base_binds\n"
+        "from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec\n"
+        "open('/proc/self/oom_score_adj', 'w').write(sys.argv[2])\n"
+        "with Sandbox(SandboxSpec((Path(sys.argv[1]),), base_binds())) as sandbox:\n"
+        "    print(sandbox.run('cat /proc/self/oom_score_adj').output)"
+    )
+    for own, wanted in (("100", "500"), ("900", "900")):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(layer), own], capture_output=True, text=True, timeout=60,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        assert done.stdout.strip() == wanted, done.stderr

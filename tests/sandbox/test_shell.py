@@ -103,3 +103,19 @@ def test_two_shells_are_apart(sandbox: Sandbox) -> None:
 def test_many_commands_in_turn_are_each_answered_by_their_own_output(shell: Shell) -> None:
     for turn in range(200):
         assert shell.run(f"echo token-{turn}").output == f"token-{turn}\n"
+
+
+def test_a_pipe_where_our_file_was_holds_nobody(sandbox: Sandbox, shell: Shell) -> None:
+    shell.run("true")
+    shell.run("cd /dev/.minisandbox; rm -f *; mkfifo s1.command s2.state", timeout=10)
+    assert shell.run("echo on", timeout=10).output == "on\n"
+    assert sandbox.shell().run("echo on", timeout=10).output == "on\n"
+
+
+def test_a_shell_whose_input_was_filled_gives_way_to_a_fresh_one(shell: Shell) -> None:
+    fill = "(printf 'sleep 1000000\\n'; head -c 200000 /dev/zero) > /proc/$p/fd/0"
+    shell.run(f"p=$$; (sleep 0.2; {fill}) & true", timeout=10)
+    time.sleep(1)
+    refused = shell.run("echo on", timeout=10)
+    assert refused.exit_code == 126 or refused.output == "on\n"
+    assert shell.run("echo on", timeout=10).output == "on\n"
