@@ -24,6 +24,10 @@ LARGEST_PATCH = 32 << 20
 LARGEST_TREE = 1 << 30
 """Bytes of everything that differs below the workdir; a sparse file counts with its full size."""
 
+MOST_MEMBERS = 200_000
+"""Files and directories that differ below the workdir. A million of them would take minutes, which are nobody's
+limit but the driver's, and what runs into that is not scored."""
+
 _SPOOL = 16 << 20
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
@@ -43,13 +47,13 @@ def patch_from_upper(agent_sandbox: Sandbox, open_sandbox: Callable[[], Sandbox]
 
     Untracked byte code and caches are left out. Names and contents that are not UTF-8 come as surrogate escapes,
     which `grade` turns back. When the diff is larger than `LARGEST_PATCH` or does not fit the sandbox, only tracked
-    files are compared. When that is too large as well, or the tree is larger than `LARGEST_TREE`, the patch is empty:
-    what the agent wrote is a value, never an exception.
+    files are compared. When that is too large as well, or the tree is larger than `LARGEST_TREE` or `MOST_MEMBERS` or
+    than the sandbox's disk, the patch is empty: what the agent wrote is a value, never an exception.
     """
     prefix = workdir.strip("/")
     with tempfile.SpooledTemporaryFile(_SPOOL) as layer, tempfile.SpooledTemporaryFile(_SPOOL) as tree:
         try:
-            agent_sandbox.export_layer(layer, prefix=prefix, max_bytes=LARGEST_TREE)
+            agent_sandbox.export_layer(layer, prefix=prefix, max_bytes=LARGEST_TREE, max_members=MOST_MEMBERS)
         except OSError as error:
             if error.errno == errno.EFBIG:
                 return ""
@@ -58,7 +62,13 @@ def patch_from_upper(agent_sandbox: Sandbox, open_sandbox: Callable[[], Sandbox]
         gone, cleared = rewrite_layer(layer, tree, prefix)
         tree.seek(0)
         with open_sandbox() as sandbox:
-            _lay_over(sandbox, tree, gone, cleared, workdir)
+            try:
+                sandbox.write_file(_IGNORE_FILE, _IGNORED)
+                _lay_over(sandbox, tree, gone, cleared, workdir)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    return ""
+                raise
             for every in (True, False):
                 patch = _diff(sandbox, workdir, every)
                 if patch is not None:
@@ -80,6 +90,8 @@ def rewrite_layer(layer: IO[bytes], tree: IO[bytes], prefix: str) -> tuple[list[
         tarfile.open(fileobj=tree, mode="w|", format=tarfile.GNU_FORMAT, errors="surrogateescape") as target,
     ):
         for member in source:
+            for tar in (source, target):  # tarfile remembers every member; a million of them take a gigabyte
+                tar.members.clear()  # type: ignore[attr-defined]
             full = posixpath.normpath("/" + member.name).lstrip("/")
             parent, name = posixpath.split(full)
             if full == posixpath.join(posixpath.dirname(prefix), _WHITEOUT + posixpath.basename(prefix)):
@@ -166,7 +178,6 @@ def _lay_over(sandbox: Sandbox, tree: IO[bytes], gone: list[str], cleared: bool,
 
 def _diff(sandbox: Sandbox, workdir: str, every: bool) -> bytes | None:
     """The diff of all files, or only of tracked ones; None when it cannot be had."""
-    sandbox.write_file(_IGNORE_FILE, _IGNORED)
     git = [
         *GIT,
         "-c",

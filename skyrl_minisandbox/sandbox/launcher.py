@@ -46,7 +46,7 @@ class _Box:
 
     def __init__(self, pid: int, pidfd: int, upper_fd: int, cgroup: list[str]) -> None:
         self.pid, self.pidfd, self.upper_fd, self.cgroup = pid, pidfd, upper_fd, cgroup
-        self.waiting: int | None = None  # the request that waits for its end
+        self.waiting: list[int] = []  # requests that wait for its end
 
 
 def _map_base() -> int | None:
@@ -69,7 +69,8 @@ class Launcher:
         self._sock = sock
         self._boxes: dict[int, _Box] = {}
         self._exports: dict[int, int] = {}  # helper pid -> request
-        self._lowers: dict[str, str] = {}
+        self._lowers: dict[str, tuple[str, tuple[int, int]]] = {}  # path -> short path, device and inode
+        self._mounted = 0
         self._count = 0
         self.base: int | None = None
         self.root_mode = False
@@ -184,21 +185,30 @@ class Launcher:
 
     def _lower(self, path: str) -> str:
         """The short path of a layer, mounted below /l (id-mapped as root); once per layer."""
-        known = self._lowers.get(path)
-        if known is not None:
-            return known
-        target = f"/l/{len(self._lowers)}"
         try:
+            status = os.stat(HOST + path)
+            identity = status.st_dev, status.st_ino
+            known = self._lowers.get(path)
+            if known is not None:
+                if known[1] == identity:
+                    return known[0]
+                # Removed and made anew meanwhile: what is mounted is the old one. The sandboxes that use it keep it.
+                linux.umount(f"/{known[0]}")
+                del self._lowers[path]
+            target = f"/l/{self._mounted}"
+            self._mounted += 1
             fd = self._tree(path, linux.MOUNT_ATTR_RDONLY)
-            os.mkdir(target)
-            linux.move_mount(fd, target)
-            os.close(fd)
+            try:
+                os.mkdir(target)
+                linux.move_mount(fd, target)
+            finally:
+                os.close(fd)
         except OSError as error:
             why = error.strerror or ""
             if error.errno == errno.ENOENT:
                 why += " (if it is there, its file system was mounted after this process started)"
             raise LauncherError(f"layer {path}: {why}", error.errno or 0) from error
-        self._lowers[path] = target[1:]
+        self._lowers[path] = target[1:], identity
         return target[1:]
 
     def _tree(self, path: str, attributes: int) -> int:
@@ -290,7 +300,8 @@ class Launcher:
         """Make a sandbox; the answer and the owner's end of its socket."""
         self._count += 1
         name = str(self._count)
-        held: list[int] = []
+        held: list[int] = []  # closed at the end
+        ours: list[int] = []  # closed when it fails
         cgroup: list[str] = []
         owner_end, init_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         go_read, go_write = os.pipe2(os.O_CLOEXEC)
@@ -299,6 +310,7 @@ class Launcher:
         try:
             root_fd, upper_fd = self._overlay(request, name)
             held.append(root_fd)
+            ours.append(upper_fd)
             bind_fds = []
             for bind in request["binds"]:
                 attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
@@ -326,11 +338,14 @@ class Launcher:
                 raise LauncherError(str(error), error.errno or 0, "userns") from error
             if pid == 0:
                 self._be_init(request, init_fd, go_read, root_fd, bind_fds)
+            ours.append(pidfd)
             self._write_maps(pid)
             limits.Cgroups.join(cgroup, pid)
             os.write(go_write, b"g")
         except BaseException as error:
             owner_end.close()
+            for fd in ours:
+                os.close(fd)
             limits.Cgroups.remove(cgroup)
             if isinstance(error, OSError):
                 raise LauncherError(str(error), error.errno or 0) from error
@@ -367,7 +382,7 @@ class Launcher:
         if box is None:
             self._answer(number, {})
             return
-        box.waiting = number
+        box.waiting.append(number)
         self._kill(box)
 
     @staticmethod
@@ -391,7 +406,7 @@ class Launcher:
 
                 export_upper(
                     box.upper_fd, fds[0], prefix=request["prefix"], base=self.base,
-                    max_bytes=request["max_bytes"],
+                    max_bytes=request["max_bytes"], max_members=request["max_members"],
                 )
                 os._exit(0)
             except OSError as error:
@@ -487,8 +502,8 @@ class Launcher:
         os.close(box.upper_fd)
         limits.Cgroups.remove(box.cgroup)
         del self._boxes[key]
-        if box.waiting is not None:
-            self._answer(box.waiting, {})
+        for number in box.waiting:
+            self._answer(number, {})
 
     def close(self) -> None:
         """End every sandbox and wait for them, so that their cgroups can go."""
@@ -499,7 +514,7 @@ class Launcher:
                 os.waitpid(box.pid, 0)
             except ChildProcessError:
                 pass
-            box.waiting = None
+            box.waiting.clear()
             self._forget(key, box)
         if self._cgroups is not None:
             self._cgroups.close()

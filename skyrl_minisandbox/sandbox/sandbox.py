@@ -30,6 +30,7 @@ ANSWER_SLACK = 30.0
 DEGRADABLE = ("proc",)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EXPORT_LIMIT = 16 << 30
+_MEMBERS_LIMIT = 4_000_000
 
 
 class Sandbox:
@@ -233,10 +234,13 @@ class Sandbox:
             if kind != Answer.DONE:
                 raise SandboxError(f"processes inside did not end: {payload[4:].decode(errors='replace')}")
 
-    def export_layer(self, file: IO[bytes], *, prefix: str = "", max_bytes: int = _EXPORT_LIMIT) -> None:
+    def export_layer(
+        self, file: IO[bytes], *, prefix: str = "", max_bytes: int = _EXPORT_LIMIT, max_members: int = _MEMBERS_LIMIT
+    ) -> None:
         """Freeze, then write what differs from the layers as an uncompressed OCI layer tar.
 
-        prefix: only this directory. Raises `OSError(EFBIG)` when it would be larger than `max_bytes`.
+        prefix: only this directory. Raises `OSError(EFBIG)` when it would be larger than `max_bytes` or have more
+        than `max_members`.
         """
         self.freeze()
         read, write = os.pipe2(os.O_CLOEXEC)
@@ -254,7 +258,7 @@ class Sandbox:
         try:
             with open(write, "wb") as ours:
                 # The copier ends at EOF, which comes when the exporter's descriptor and ours are closed.
-                answer = self._export(ours.fileno(), prefix, max_bytes)
+                answer = self._export(ours.fileno(), prefix, max_bytes, max_members)
         finally:
             copier.join()
         if failed:
@@ -262,10 +266,12 @@ class Sandbox:
         if answer["code"]:
             raise OSError(answer["code"], os.strerror(answer["code"]), prefix or "/")
 
-    def _export(self, fd: int, prefix: str, max_bytes: int) -> dict[str, Any]:
+    def _export(self, fd: int, prefix: str, max_bytes: int, max_members: int) -> dict[str, Any]:
         if self._closed.is_set():
             raise SandboxGone("the sandbox is closed")
-        answer, _ = self._launcher.ask("export", (fd,), box=self._box, prefix=prefix, max_bytes=max_bytes)
+        answer, _ = self._launcher.ask(
+            "export", (fd,), box=self._box, prefix=prefix, max_bytes=max_bytes, max_members=max_members
+        )
         return answer
 
     # The end

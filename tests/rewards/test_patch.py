@@ -185,3 +185,18 @@ def test_an_opaque_or_removed_workdir_is_told() -> None:
     assert rewritten(("testbed/.wh..wh..opq", b"", {}))[2]
     assert rewritten((".wh.testbed", b"", {}))[2]
     assert rewritten(("testbed", b"a file", {}))[2]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "i=0; while echo x > pkg/$i; do i=$((i+1)); done 2>/dev/null; true",  # as many as the disk takes
+        "truncate -s 900M sparse",  # more than the disk of the sandbox that it is laid into
+        "python3 -c \"import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\"",
+        "mkdir many; cd many; seq 250000 | xargs touch",
+    ],
+    ids=["full", "sparse", "deep", "many"],
+)
+def test_a_tree_that_cannot_be_compared_is_no_fault_of_ours(open_sandbox: Opener, script: str) -> None:
+    """Else an agent could have its row masked instead of scored."""
+    assert isinstance(after(open_sandbox, script), str)

@@ -122,3 +122,25 @@ def test_an_upper_on_disk_is_gone_after_close(open_sandbox: Callable[..., Sandbo
     assert "testbed/a/b/c" in names and "tmp/x" not in names
     sandbox.close()
     assert not (tmp_path / "upper").exists()
+
+
+def test_a_tree_deeper_than_any_stack_is_exported(sandbox: Sandbox) -> None:
+    sandbox.run(["python3", "-c", "import os\nfor _ in range(3000):\n os.mkdir('d'); os.chdir('d')"])
+    names = exported(sandbox, "testbed")
+    assert 1000 < len(names) < 2100  # what is beyond PATH_MAX is left out
+
+
+def test_more_members_than_allowed_are_an_error(sandbox: Sandbox) -> None:
+    sandbox.run("touch a b c d e")
+    sandbox.export_layer(io.BytesIO(), prefix="testbed", max_members=5)
+    with pytest.raises(OSError) as error:
+        sandbox.export_layer(io.BytesIO(), prefix="testbed", max_members=4)
+    assert error.value.errno == errno.EFBIG
+
+
+def test_a_path_that_is_none_is_an_error_and_no_end(sandbox: Sandbox) -> None:
+    with pytest.raises(OSError):
+        sandbox.read_file("/a\0b")
+    with pytest.raises(OSError):
+        sandbox.write_file("/a\0b", b"x")
+    assert sandbox.run("echo on").output == "on\n"

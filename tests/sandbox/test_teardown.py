@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_minisandbox.errors import SandboxGone
-from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
+from skyrl_minisandbox.errors import SandboxError, SandboxGone
+from skyrl_minisandbox.sandbox import Bind, Sandbox, SandboxSpec
 from skyrl_minisandbox.sandbox.client import LauncherClient
 from tests.support import needs
 
@@ -149,3 +151,40 @@ def test_many_sandboxes_leave_no_descriptor_and_no_mount(spec: SandboxSpec) -> N
             sandbox.shell().run("true")
     assert held() == before
     launcher.close()
+
+
+@needs("root")
+def test_a_sandbox_that_cannot_be_made_leaves_no_descriptor(spec: SandboxSpec) -> None:
+    launcher = LauncherClient()
+    before = len(os.listdir(f"/proc/{launcher.pid}/fd"))
+    for _ in range(5):
+        with pytest.raises(SandboxError, match="bind /nowhere"):
+            Sandbox(dataclasses.replace(spec, binds=(Bind("/nowhere", "/opt"),)), launcher)
+    assert len(os.listdir(f"/proc/{launcher.pid}/fd")) == before
+    launcher.close()
+
+
+def test_a_layer_made_anew_in_the_same_place_is_seen(spec: SandboxSpec, tmp_path: Path) -> None:
+    """A damaged entry of a cache is removed and unpacked again while the launcher lives on."""
+    top = tmp_path / "layer"
+    for text in ("old", "new"):
+        top.mkdir(mode=0o755)
+        (top / "mark").write_text(text)
+        with Sandbox(dataclasses.replace(spec, layers=(*spec.layers, top))) as sandbox:
+            assert sandbox.run("cat /mark; pwd").output == f"{text}/testbed\n"
+        shutil.rmtree(top)
+
+
+def test_everybody_who_ends_a_sandbox_is_answered(spec: SandboxSpec) -> None:
+    sandbox = Sandbox(spec)
+    sandbox.run("for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done")
+    threads = [
+        threading.Thread(target=lambda: sandbox._launcher.ask("destroy", box=sandbox._box), daemon=True)
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    sandbox.close()
