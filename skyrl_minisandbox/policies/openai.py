@@ -99,7 +99,7 @@ class OpenAIPolicy:
             else:
                 if status == 200:
                     return self._content(text)
-                failure = f"HTTP {status}: {_excerpt(text)}"
+                failure = f"HTTP {status}: {_excerpt(self._without_key(text))}"
                 if status not in RETRY_STATUS:
                     raise self._error(failure)
                 wait = _seconds(retry_after) or pause
@@ -128,23 +128,35 @@ class OpenAIPolicy:
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Given as `auth`, so that a .netrc entry of the host is not sent instead."""
-        key = os.environ.get(self._api_key_env, "") if self._api_key_env else ""
-        if key:
+        if key := self._key():
             request.headers["Authorization"] = f"Bearer {key}"
         return request
+
+    def _key(self) -> str:
+        key = os.environ.get(self._api_key_env, "").strip() if self._api_key_env else ""
+        if not (key.isascii() and key.isprintable()):  # the HTTP library would say so with the key in its words
+            raise InputError(
+                f"{self._api_key_env} holds characters that no key has", hint=f"export {self._api_key_env}=…"
+            )
+        return key
+
+    def _without_key(self, text: str) -> str:
+        """For what is shown and written: endpoints repeat a key that they refuse."""
+        key = self._key()
+        return text.replace(key, "***") if key else text
 
     def _content(self, text: str) -> str:
         try:
             choice = json.loads(text)["choices"][0]
             content = choice["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            raise self._error(f"an answer of another shape: {_excerpt(text)}") from None
+            raise self._error(f"an answer of another shape: {_excerpt(self._without_key(text))}") from None
         self.finish_reason = str(choice.get("finish_reason") or "")
         return content if isinstance(content, str) else ""
 
     def _error(self, failure: str) -> PolicyError:
         return PolicyError(
-            f"the endpoint {self.url} does not answer for model `{self.model}`: {failure}",
+            f"the endpoint {self.url} does not answer for model `{self.model}`: {self._without_key(failure)}",
             hint=f"curl {self.url.removesuffix('/chat/completions')}/models   (is it up, with this model?)",
         )
 

@@ -148,6 +148,22 @@ class TestOpenAI:
         assert f"hint: curl {url}/models" in text
         assert "secret-value" not in text
 
+    @pytest.mark.parametrize("status", [401, 200])
+    def test_a_key_that_the_endpoint_repeats_is_not_shown(self, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", "secret-value\n")  # as a file gives it
+        with scripted_server([Reply(status=status, body=b"no such key: secret-value")]) as server:
+            policy = load_policy("openai", base_url=server.base_url, model="m")
+            with pytest.raises(PolicyError, match=r"no such key: \*\*\*") as caught:
+                policy.query(ASK)
+        assert "secret-value" not in caught.value.render()
+
+    def test_a_key_that_no_header_can_hold_is_not_shown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", "secret\nvalue")
+        policy = load_policy("openai", base_url="http://127.0.0.1:9/v1", model="m", retries=0)
+        with pytest.raises(InputError, match="OPENAI_API_KEY holds characters") as caught:
+            policy.query(ASK)
+        assert "secret" not in caught.value.render()
+
     def test_an_endpoint_that_accepts_and_says_nothing_ends_by_the_deadline(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
