@@ -105,8 +105,14 @@ class RunDirectory:
 
 
 def check_unused(path: Path) -> None:
-    """Raises `InputError` where another run's results lie."""
-    if (path / "results.jsonl").exists():
+    """Raises `InputError` where another run's results lie, or what cannot be a directory of ours."""
+    try:
+        used = (path / "results.jsonl").exists()
+    except OSError as error:
+        raise MachineError(
+            f"the run directory {path} cannot be read: {error.strerror}", hint="name another: out=DIR"
+        ) from error
+    if used:
         raise InputError(
             f"the run directory {path} holds the results of another run",
             hint="name another: out=DIR, or remove it",

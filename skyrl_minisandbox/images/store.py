@@ -16,10 +16,11 @@ The only lock a reader needs is none: blobs never change, and index.json is repl
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,7 @@ class Store:
     def put_layer(self, write: Callable[[LayerWriter], None], name: str) -> Layer:
         """Store what `write` puts into the LayerWriter (an uncompressed tar) as a layer."""
         if self._aside is None:
-            raise MachineError(
-                f"the image store {self.path} is read-only here", hint="build on a machine that may write to it"
-            )
+            raise self._read_only()
         with self._aside.place() as place:
             path = place / "layer"
             with contextlib.closing(LayerWriter(path)) as writer:
@@ -203,9 +202,26 @@ class Store:
             self.path / "steps" / f"{key}.json", json.dumps({"layer": layer.to_json(), "facts": facts}).encode()
         )
 
-    def lock(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """An exclusive lock by name, over processes and (where the file system carries locks) nodes."""
-        return locked(self.path / "locks" / name)
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """An exclusive lock by name, over processes and (where the file system carries locks) nodes.
+
+        Raises `MachineError` where the store cannot be written.
+        """
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.path / "locks" / name))
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise self._read_only() from error
+                raise
+            yield
+
+    def _read_only(self) -> MachineError:
+        return MachineError(
+            f"the image store {self.path} is read-only here, and not all images are in it",
+            hint="minisandbox image build, where it may be written; or name another: images.store=DIR",
+        )
 
     def log_path(self, name: str) -> Path:
         """A new file name below `logs/`."""

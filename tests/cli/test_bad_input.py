@@ -59,6 +59,15 @@ def test_an_unknown_configuration_key(minisandbox: Command) -> None:
     )
 
 
+def test_a_run_directory_that_cannot_be_looked_at(minisandbox: Command, tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 300)
+    done = minisandbox("rollout", "scaffold=gold", f"tasks.ids=[{TASK}]", f"out={out}")
+    assert (done.code, done.out) == (3, "")
+    assert said(done.err) == (
+        f"minisandbox: the run directory DIR/{out.name} cannot be read: File name too long\nhint: name another: out=DIR"
+    )
+
+
 def test_an_unknown_choice(minisandbox: Command) -> None:
     done = minisandbox("rollout", "scaffold=gould")
     assert (done.code, done.out) == (2, "")

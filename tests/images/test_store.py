@@ -131,6 +131,18 @@ def test_two_processes_that_write_at_once_both_succeed(make_layer: Callable[...,
 
 
 @needs("root")
+def test_building_into_a_store_that_cannot_be_written_says_so(mounted: Callable[..., Path]) -> None:
+    place = mounted("tmpfs", "size=1m")
+    Store(place / "store")
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True, timeout=60)
+    store = Store(place / "store")
+    assert store.images() == []
+    with pytest.raises(MachineError, match="is read-only here") as caught, store.lock("recipe"):
+        pass
+    assert "images.store=DIR" in caught.value.hint
+
+
+@needs("root")
 def test_a_full_disk_is_told_and_nothing_half_is_left(mounted: Callable[..., Path], tmp_path: Path) -> None:
     store = Store(mounted("tmpfs", "size=1m") / "store")
     tree = tmp_path / "tree"
