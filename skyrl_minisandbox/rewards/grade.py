@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from skyrl_minisandbox.errors import SandboxError, SandboxGone, TaskError
+from skyrl_minisandbox.errors import SandboxError, SandboxGone, StoreError, TaskError
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.parsers import load_parser
 from skyrl_minisandbox.rewards.report import TestReport, passed
@@ -71,7 +71,7 @@ def grade(
     timeout: seconds for the test command, the task's own when None.
 
     Raises `SandboxError` when no sandbox can be had, `TaskError` when the task's test patch does not fit
-    its own image. Nothing that the patch does is an exception.
+    its own image, `StoreError` when git cannot be run in it. Nothing that the patch does is an exception.
     """
     started = time.monotonic()
     empty = not patch.strip()
@@ -82,6 +82,8 @@ def grade(
         # The first command runs nothing of the patch: a sandbox that is gone here is ours.
         if not empty:
             applied = apply_patch(sandbox, patch, workdir)
+            if applied.exit_code in (126, 127):  # git did not even start, and nothing of the patch was in
+                raise StoreError(f"the image of task `{task.id}` is damaged on this node: {_apply_error(applied)}")
             if applied.exit_code != 0:
                 return _report(
                     task,

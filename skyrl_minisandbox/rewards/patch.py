@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from typing import IO
 
+from skyrl_minisandbox.errors import StoreError
 from skyrl_minisandbox.rewards.grade import GIT, GIT_ENV
 from skyrl_minisandbox.sandbox import Sandbox
 
@@ -73,6 +74,10 @@ def patch_from_upper(agent_sandbox: Sandbox, open_sandbox: Callable[[], Sandbox]
                 patch = _diff(sandbox, workdir, every)
                 if patch is not None:
                     return patch.decode("utf-8", "surrogateescape")
+    with open_sandbox() as sandbox:  # whose fault is it? The one probe: the same without the agent's tree
+        sandbox.write_file(_IGNORE_FILE, _IGNORED)
+        if _diff(sandbox, workdir, True) is None:
+            raise StoreError(f"the image is damaged on this node: its own repository {workdir} cannot be compared")
     return ""
 
 

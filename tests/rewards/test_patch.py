@@ -7,11 +7,13 @@ import tarfile
 
 import pytest
 
+from skyrl_minisandbox.errors import StoreError
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards import grade, patch_from_upper
 from skyrl_minisandbox.rewards import patch as patch_module
 from skyrl_minisandbox.rewards.grade import apply_patch
 from skyrl_minisandbox.rewards.patch import rewrite_layer
+from skyrl_minisandbox.sandbox import Sandbox
 from tests.rewards.conftest import Opener
 from tests.rewards.test_grade import task
 
@@ -200,3 +202,27 @@ def test_an_opaque_or_removed_workdir_is_told() -> None:
 def test_a_tree_that_cannot_be_compared_is_no_fault_of_ours(open_sandbox: Opener, script: str) -> None:
     """Else an agent could have its row masked instead of scored."""
     assert isinstance(after(open_sandbox, script), str)
+
+
+@pytest.mark.parametrize("damage", ["rm -rf .git/objects", "cd /; rm -rf srv"])
+def test_a_damaged_image_is_no_empty_patch(open_sandbox: Opener, damage: str) -> None:
+    def damaged() -> Sandbox:
+        sandbox = open_sandbox()
+        sandbox.run(damage)
+        return sandbox
+
+    with open_sandbox() as agent:
+        agent.run("sed -i s/one/ONE/ keep.txt")
+        with pytest.raises(StoreError, match="damaged"):
+            patch_from_upper(agent, damaged, "/srv")
+
+
+def test_a_missing_workdir_is_no_patch_that_failed(open_sandbox: Opener) -> None:
+    def damaged() -> Sandbox:
+        sandbox = open_sandbox()
+        sandbox.run("cd /; rm -rf srv")
+        return sandbox
+
+    patch = after(open_sandbox, "sed -i s/one/ONE/ keep.txt")
+    with pytest.raises(StoreError, match="damaged"):
+        grade(task(), patch, damaged)
