@@ -232,7 +232,7 @@ class Sandbox:
             request = self._send(Ask.FREEZE, {})
             kind, payload = self._answer(request, time.monotonic() + ANSWER_SLACK)
             if kind != Answer.DONE:
-                raise SandboxError(f"processes inside did not end: {payload[4:].decode(errors='replace')}")
+                self._break(f"processes inside did not end: {payload[4:200].decode(errors='replace')}")
 
     def export_layer(
         self, file: IO[bytes], *, prefix: str = "", max_bytes: int = _EXPORT_LIMIT, max_members: int = _MEMBERS_LIMIT
@@ -424,7 +424,11 @@ class Shell:
         """
         sandbox = self._sandbox
         with sandbox._lock:
-            data = command.encode("utf-8", "surrogateescape")
+            try:
+                data = command.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:  # half a surrogate pair, which a model's JSON can hold and no file
+                data = command.encode("utf-8", "replace")
+                command = data.decode()
             ask = {
                 "shell": self._key, "env": self._env, "cwd": self._cwd, "user": self._user, "timeout": timeout,
                 "command": command,

@@ -96,6 +96,8 @@ def _blocks(single_id: bool) -> dict[str, list[Instruction]]:
         "clone3": [_refuse(errno.ENOSYS)],
         "ioctl": [_low(1), *_none_of((_TIOCSTI, _TIOCLINUX), errno.EPERM)],
         "personality": [_low(0), *_one_of(_PERSONALITIES, errno.EPERM)],
+        # Not init's: it has the same user, and with few descriptors it could start and freeze nothing any more.
+        "prlimit64": [_low(0), *_none_of((1,), errno.EPERM)],
         "ptrace": [_low(0), *_none_of((_PTRACE_ATTACH, _PTRACE_SEIZE), errno.EPERM)],
         "socket": [
             _low(0), _ins(_JEQ, _AF_NETLINK, 0, 4), _low(2), _ins(_JEQ, _NETLINK_ROUTE, 0, 1), _ALLOW,

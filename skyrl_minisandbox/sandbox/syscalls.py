@@ -316,7 +316,7 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
 # fmt: on
 
 # Of these only some arguments are allowed; seccomp.py says which.
-FILTERED = frozenset({"clone", "clone3", "ioctl", "personality", "ptrace", "socket"})
+FILTERED = frozenset({"clone", "clone3", "ioctl", "personality", "prlimit64", "ptrace", "socket"})
 
 # The highest number of this table's kernel: a higher one is a call newer than the table, and is answered
 # ENOSYS, so that a libc falls back, instead of EPERM.

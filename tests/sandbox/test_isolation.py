@@ -208,3 +208,12 @@ def test_the_machines_interpreter_is_never_to_be_had(sandbox: Sandbox) -> None:
     sandbox.run("touch /tmp/stop; while [ ! -s /tmp/found ]; do sleep 0.1; done", timeout=20)
     found = sandbox.read_file("/tmp/found").decode().splitlines()
     assert found and os.path.realpath(sys.executable) not in found
+
+
+def test_the_limits_of_init_cannot_be_lowered(sandbox: Sandbox) -> None:
+    """With no descriptor left it could not be frozen, which an agent could use to have its row masked."""
+    script = "import resource; resource.prlimit(1, resource.RLIMIT_NOFILE, (5, 5))"
+    assert "PermissionError" in sandbox.run(["python3", "-c", script]).output
+    assert sandbox.run("ulimit -n 100; ulimit -n").output == "100\n"
+    sandbox.freeze()
+    assert sandbox.run("echo on").output == "on\n"

@@ -63,6 +63,10 @@ def test_arguments_decide_where_they_must(machine: str) -> None:
     assert judge(program, machine, number("ioctl"), 0, 0x5412) == refused
     assert judge(program, machine, number("ioctl"), 0, 0x5412 | 1 << 40) == refused
     assert judge(program, machine, number("ioctl"), 0, 0x5401) == RET_ALLOW
+    for other in (0, 7):
+        assert judge(program, machine, number("prlimit64"), other) == RET_ALLOW
+    for init in (1, 1 | 1 << 40):
+        assert judge(program, machine, number("prlimit64"), init) == refused
     assert judge(program, machine, number("ptrace"), 0) == RET_ALLOW
     assert judge(program, machine, number("ptrace"), 16) == refused
     assert judge(program, machine, number("ptrace"), 0x4206) == refused

@@ -119,3 +119,8 @@ def test_a_shell_whose_input_was_filled_gives_way_to_a_fresh_one(shell: Shell) -
     refused = shell.run("echo on", timeout=10)
     assert refused.exit_code == 126 or refused.output == "on\n"
     assert shell.run("echo on", timeout=10).output == "on\n"
+
+
+def test_half_a_surrogate_pair_is_a_result(shell: Shell) -> None:
+    assert shell.run("echo 'a\ud800b'").output == "a?b\n"
+    assert shell.run("echo on").output == "on\n"
