@@ -244,6 +244,7 @@ class RayCluster(Cluster):
     def status(self) -> list[NodeStatus]:
         import ray
 
+        self._check_open()
         with self._lock:
             handles = [cast(RayNode, place.handle) for place in self._places if place.alive]
         found: list[NodeStatus] = ray.get([handle.actor.status.remote() for handle in handles], timeout=MARGIN)
@@ -293,11 +294,9 @@ class RayCluster(Cluster):
             self._looked = time.monotonic()
 
     def _check_open(self) -> None:
-        """Ray's functions start another Ray, of its defaults, in a process that has none any more."""
-        import ray
-
-        if self._closed or not ray.is_initialized():
+        if self._closed:
             raise NodeError("the cluster has been shut down")
+        _expect_ray()
 
     def _start(self, node: dict[str, Any]) -> RayNode:
         """Get or create the actor pinned to this node; by name, so that all processes of a job share it."""
@@ -350,13 +349,24 @@ class RayNode:
     actor: Any
 
     def open(self, request: RolloutRequest) -> Future[Turn]:
+        _expect_ray()
         return cast("Future[Turn]", self.actor.open.remote(request).future())
 
     def step(self, rollout_id: str, text: str) -> Future[Turn]:
+        _expect_ray()
         return cast("Future[Turn]", self.actor.step.remote(rollout_id, text).future())
 
     def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Future[Turn | None]:
+        _expect_ray()
         return cast("Future[Turn | None]", self.actor.close.remote(rollout_id, grade, ended_by).future())
+
+
+def _expect_ray() -> None:
+    """Raises `NodeError` without Ray: its own functions would start another one, of its defaults."""
+    import ray
+
+    if not ray.is_initialized():
+        raise NodeError("the cluster has been shut down")
 
 
 def is_lost(error: BaseException) -> bool:

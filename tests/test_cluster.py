@@ -317,7 +317,8 @@ def test_two_runs_at_once_on_one_cache_both_succeed_and_leave_nothing(config: En
 
 @needs("ray")
 @pytest.mark.ci
-def test_a_call_after_the_end_starts_no_other_ray(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", ["cluster.open(asked)", "node.step('id', '')", "node.close('id', False, None)"])
+def test_a_call_after_the_end_starts_no_other_ray(tmp_path: Path, call: str) -> None:
     program = (
         "import sys\n"
         "import ray\n"
@@ -326,10 +327,12 @@ def test_a_call_after_the_end_starts_no_other_ray(tmp_path: Path) -> None:
         "from skyrl_minisandbox.errors import NodeError\n"
         "from tests.small import request, small_task\n"
         "cluster = RayCluster(make_config({'images': {'cache': sys.argv[1]}}))\n"
+        "node = cluster._places[0].handle\n"
+        "asked = request(small_task())\n"
         "cluster.shutdown()\n"
         "cluster._looked = -REFRESH\n"  # as if the run had taken longer than a look at the nodes is good for
         "try:\n"
-        "    cluster.open(request(small_task()))\n"
+        f"    {call}\n"
         "except NodeError as error:\n"
         "    print(error.message, ray.is_initialized())\n"
     )
