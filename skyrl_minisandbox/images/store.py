@@ -19,6 +19,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ from skyrl_minisandbox.images.locks import Aside, locked, write_atomic
 
 FORMAT = 1
 _REF = "org.opencontainers.image.ref.name"
+
+logger = logging.getLogger(__name__)
 
 
 class StoreNotInitialised(StoreError):
@@ -119,7 +122,11 @@ class Store:
                 continue
             if base is not None and annotations.get(f"{LABEL}.base") != base:
                 continue
-            image = self.get(entry["digest"])
+            try:
+                image = self.get(entry["digest"])
+            except StoreError as error:  # as if it had not been built: building it again mends it
+                logger.warning("%s", error)
+                continue
             if all(self._blob_path(layer.digest).exists() for layer in image.layers):
                 return image
         return None
@@ -243,7 +250,7 @@ class Store:
     def _put(self, data: bytes) -> str:
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         path = self._blob_path(digest)
-        if not path.exists():
+        if not path.exists() or path.read_bytes() != data:
             write_atomic(path, data)
         return digest
 

@@ -153,3 +153,20 @@ def test_a_full_disk_is_told_and_nothing_half_is_left(mounted: Callable[..., Pat
         store.put_layer(lambda sink: pack_tree(tree, sink), "big")  # type: ignore[arg-type]
     assert str(store.path) in caught.value.message
     assert list((store.path / "aside").iterdir()) == [] and list((store.path / "blobs/sha256").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+@pytest.mark.parametrize("which", ["manifest", "config"])
+def test_an_image_whose_description_is_damaged_can_be_built_again(
+    make_layer: Callable[..., Layer], store: Store, which: str, damage: str
+) -> None:
+    image = image_of(make_layer({"a": "1"}))
+    stored = store.add(image)
+    path = store.path / "blobs/sha256" / stored.digest.partition(":")[2]
+    if which == "config":
+        path = path.with_name(json.loads(path.read_bytes())["config"]["digest"].partition(":")[2])
+    path.unlink()
+    if damage == "corrupt":
+        path.write_bytes(b"{}")
+    assert store.find(image.recipe) is None
+    assert store.add(image) == stored == store.find(image.recipe)
