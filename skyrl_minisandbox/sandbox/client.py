@@ -144,6 +144,8 @@ class LauncherClient:
         try:
             answer, received = future.result(ANSWER_TIMEOUT)
         except concurrent.futures.TimeoutError:
+            with self._lock:  # an answer that still comes is nobody's: its descriptors are closed, and a sandbox ends
+                self._pending.pop(number, None)
             raise SandboxError(f"the launcher did not answer `{verb}` within {ANSWER_TIMEOUT:.0f} s") from None
         if "error" in answer:
             raise explain(answer["error"], answer["errno"], answer["lacks"])

@@ -188,3 +188,22 @@ def test_everybody_who_ends_a_sandbox_is_answered(spec: SandboxSpec) -> None:
         thread.join(20)
     assert not any(thread.is_alive() for thread in threads)
     sandbox.close()
+
+
+def test_a_sandbox_that_came_too_late_ends(spec: SandboxSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = LauncherClient()
+    monkeypatch.setattr("skyrl_minisandbox.sandbox.client.ANSWER_TIMEOUT", 0.2)
+    os.kill(launcher.pid, signal.SIGSTOP)
+    with pytest.raises(SandboxError, match="did not answer `create`"):
+        Sandbox(spec, launcher)
+    os.kill(launcher.pid, signal.SIGCONT)
+    monkeypatch.undo()
+    with Sandbox(spec, launcher) as sandbox:  # answered after the late one
+        mine = sandbox.pid
+
+        def others() -> list[int]:
+            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            return [int(pid) for pid in children if int(pid) != mine]
+
+        assert gone(others())
+    launcher.close()
