@@ -156,6 +156,7 @@ def test_many_sandboxes_leave_no_descriptor_and_no_mount(spec: SandboxSpec) -> N
 @needs("root")
 def test_a_sandbox_that_cannot_be_made_leaves_no_descriptor(spec: SandboxSpec) -> None:
     launcher = LauncherClient()
+    Sandbox(spec, launcher).close()
     before = len(os.listdir(f"/proc/{launcher.pid}/fd"))
     for _ in range(5):
         with pytest.raises(SandboxError, match="bind /nowhere"):
@@ -206,4 +207,17 @@ def test_a_sandbox_that_came_too_late_ends(spec: SandboxSpec, monkeypatch: pytes
             return [int(pid) for pid in children if int(pid) != mine]
 
         assert gone(others())
+    launcher.close()
+
+
+def test_the_launcher_gets_nothing_of_our_environment_but_where_its_library_lies(
+    spec: SandboxSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINISANDBOX_TOKEN", "secret-token")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nonexistent/lib")
+    launcher = LauncherClient()
+    with Sandbox(spec, launcher) as sandbox:
+        environ = Path(f"/proc/{launcher.pid}/environ").read_bytes().split(b"\0") if os.geteuid() == 0 else []
+        assert environ in ([b"LD_LIBRARY_PATH=/nonexistent/lib", b""], [])
+        assert "nonexistent" not in sandbox.run("env").output
     launcher.close()
