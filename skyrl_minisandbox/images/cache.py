@@ -121,7 +121,7 @@ class Cache:
             with disk_room(self.path):
                 for name in ("l", "meta", "pins", "work", "aside"):
                     (self.path / name).mkdir(parents=True, exist_ok=True)
-                for name in ("l", "aside"):
+                for name in ("l", "aside") if _ours(self.path / "l") else ():
                     # Layers keep owners and setuid bits, so what an image made setuid root is that here too: nobody
                     # else may reach it. Sandboxes need no way through here, theirs is a mount.
                     (self.path / name).chmod(0o700)
@@ -132,6 +132,13 @@ class Cache:
                 f"the cache directory {self.path} cannot be made: {error.strerror}",
                 hint="name a directory that you may write to: images.cache=DIR",
             ) from error
+        if not _ours(self.path / "l"):
+            owner = (self.path / "l").stat().st_uid
+            # Owners of layers, locks and sweeps are one user's: root's layers are no use to a user, nor the other way.
+            raise MachineError(
+                f"the cache directory {self.path} belongs to another user (uid {owner}, we are {os.geteuid()})",
+                hint="name a directory of your own: images.cache=DIR",
+            )
         self._aside = Aside(self.path / "aside")
         self._aside.sweep()
         self._guard = threading.Lock()  # protects _held
@@ -348,6 +355,10 @@ class Cache:
                 hint="name a directory on a local disk (ext4, xfs, btrfs) or tmpfs: images.cache=DIR",
             ) from error
         write_atomic(remembered, here.encode())
+
+
+def _ours(directory: Path) -> bool:
+    return directory.stat().st_uid == os.geteuid()
 
 
 def _glance(tree: Path) -> dict[str, Any]:

@@ -49,6 +49,12 @@ def explain(message: str, number: int, lacks: str) -> SandboxError | MachineErro
     return SandboxError(message, hint="run `minisandbox doctor`")
 
 
+def _launcher_env() -> dict[str, str]:
+    """Nothing, but for an interpreter that cannot start without: `module load python` sets where its library lies."""
+    path = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": path} if path else {}
+
+
 class LauncherClient:
     """One launcher process. Thread-safe; a fork of this process cannot use it (see `shared`).
 
@@ -85,7 +91,8 @@ class LauncherClient:
         boot = f"import os;os.dup2(0,{CONTROL_FD});os.dup2(os.open(os.devnull,os.O_RDONLY),0);{_BOOT}"
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", boot, _PACKAGE_ROOT],
-            stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=self._log, env={}, cwd="/", close_fds=True,
+            stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=self._log, env=_launcher_env(), cwd="/",
+            close_fds=True,
         )
 
     def _receive(self) -> None:

@@ -317,3 +317,13 @@ def test_layers_keep_their_owners_where_mounts_cannot_be_id_mapped(
         with Sandbox(spec) as sandbox:
             assert sandbox.run(["/usr/bin/stat", "-c", "%u", "/testbed/file"]).output == "0\n"
             assert sandbox.run(["/usr/bin/touch", "/testbed/file"]).exit_code == 0
+
+
+@needs("root")
+def test_a_cache_of_another_user_is_refused_with_both_named(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    os.chown(cache.path / "l", 1234, 1234)
+    with pytest.raises(MachineError, match=r"belongs to another user \(uid 1234, we are 0\)") as caught:
+        Cache(cache.path)
+    assert "images.cache=DIR" in caught.value.hint
+    assert (cache.path / "l").stat().st_uid == 1234
