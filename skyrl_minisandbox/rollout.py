@@ -331,6 +331,10 @@ class Rollout:
             error = NodeError("the rollout was given up")
         turn = self._end(Outcome.INFRA_ERROR, EndedBy.ERROR, None, one_line(error))
         self.abort()
+        if isinstance(error, StoreError):
+            # A tree of the cache may be damaged below what a checkout looks at: the next one makes it anew.
+            for layer in self._cache.verify():
+                logger.error("rollout %s: layer %s of the cache was damaged", self.request.rollout_id, layer)
         return turn
 
     def _end(

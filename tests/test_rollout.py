@@ -286,3 +286,19 @@ def test_the_ending_of_the_agent_stands_beside_the_grade(machine: Machine) -> No
     finished = play(machine.rollout(max_turns=1), "true")
     assert finished.record.outcome is Outcome.EMPTY_PATCH
     assert finished.record.ended_by is EndedBy.TURN_LIMIT
+
+
+def test_a_cache_that_is_damaged_below_the_top_is_ours_and_mended(tmp_path: Path, store_directory: Path) -> None:
+    build_small_image(store_directory, tmp_path / "cache")
+    here = Machine(Store(store_directory), Cache(tmp_path / "cache"))
+    assert play(here.rollout(), SOLVE, "submit").record.outcome is Outcome.RESOLVED
+    (head,) = (tmp_path / "cache/l").rglob(".git/HEAD")
+    head.unlink()
+    rollout = here.rollout()
+    rollout.open()
+    rollout.step(SOLVE)
+    turn = rollout.step("submit")
+    assert turn.finished is not None
+    assert verdict(turn.finished.record) == ("infra_error", "error", None)
+    assert "damaged" in turn.finished.record.error
+    assert play(here.rollout(), SOLVE, "submit").record.outcome is Outcome.RESOLVED

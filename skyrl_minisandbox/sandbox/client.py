@@ -131,7 +131,9 @@ class LauncherClient:
             return ""
         return f": {lines[-1]}" if lines else ""
 
-    def ask(self, verb: str, fds: tuple[int, ...] = (), **request: Any) -> tuple[dict[str, Any], list[int]]:
+    def ask(
+        self, verb: str, fds: tuple[int, ...] = (), timeout: float = ANSWER_TIMEOUT, **request: Any
+    ) -> tuple[dict[str, Any], list[int]]:
         """Send a request and wait: (answer, descriptors). Raises `SandboxError` or `MachineError`."""
         future: concurrent.futures.Future[tuple[dict[str, Any], list[int]]] = concurrent.futures.Future()
         with self._lock:
@@ -149,11 +151,11 @@ class LauncherClient:
                 self._pending.pop(number, None)
             raise SandboxError(f"the launcher does not take requests: {error.strerror}{self._last_words()}") from error
         try:
-            answer, received = future.result(ANSWER_TIMEOUT)
+            answer, received = future.result(timeout)
         except concurrent.futures.TimeoutError:
             with self._lock:  # an answer that still comes is nobody's: its descriptors are closed, and a sandbox ends
                 self._pending.pop(number, None)
-            raise SandboxError(f"the launcher did not answer `{verb}` within {ANSWER_TIMEOUT:.0f} s") from None
+            raise SandboxError(f"the launcher did not answer `{verb}` within {timeout:.0f} s") from None
         if "error" in answer:
             raise explain(answer["error"], answer["errno"], answer["lacks"])
         return answer, received

@@ -1,9 +1,9 @@
 """The process that makes sandboxes: small, exec'd with an empty environment, single-threaded, holding no secret.
 
-It lives in a mount namespace of its own, whose root is a tmpfs: `/host` is the machine, `/l/N` are layers (id-mapped
-where the kernel can), `/s` is where an upper is put together. A plain user's launcher first makes a user namespace in
-which it is root; from there on both go the same way: the overlay is mounted here, with the launcher's rights, and
-handed as a detached mount to a child made by one clone3 in namespaces of its own, which never had those rights.
+It lives in a mount namespace of its own, whose root is a tmpfs with the machine at `/host`. A plain user's launcher
+first makes a user namespace in which it has every capability; from there on both go the same way: the overlay is mounted
+here, with the launcher's rights (`overlay.py`), and handed as a detached mount to a child made by one clone3 in
+namespaces of its own, which never had those rights.
 
 The owner's lifeline is the control socket: at its end the launcher exits, and every init with it (PDEATHSIG).
 Owner and launcher trust each other: messages between them are JSON, with descriptors beside them.
@@ -12,6 +12,7 @@ Owner and launcher trust each other: messages between them are JSON, with descri
 from __future__ import annotations
 
 import array
+import dataclasses
 import errno
 import json
 import os
@@ -25,20 +26,9 @@ from typing import Any
 from skyrl_minisandbox.sandbox import limits, linux, wire
 from skyrl_minisandbox.sandbox.init import run_init
 from skyrl_minisandbox.sandbox.mounts import HOST, NEW_ROOT
+from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Overlays, map_base
 
 CONTROL_FD = 3
-# Users and groups of a sandbox, as the host sees them: the last 65,536 of the range that systemd documents for
-# containers (systemd.io/UIDS-GIDS), so that no account of the machine is among them.
-RANGE_BASE = 0x6FFF0000
-RANGE_SIZE = 65536
-
-
-class LauncherError(Exception):
-    """Told to the owner: what failed, errno, and the name of what the machine lacks ("" when it is something else)."""
-
-    def __init__(self, message: str, number: int = 0, lacks: str = "") -> None:
-        super().__init__(message)
-        self.number, self.lacks = number, lacks
 
 
 class _Box:
@@ -49,19 +39,6 @@ class _Box:
         self.waiting: list[int] = []  # requests that wait for its end
 
 
-def _map_base() -> int | None:
-    """The first id of our range, within what this process's own user namespace maps; None for a single id."""
-    best = None
-    with open("/proc/self/uid_map") as file:
-        for line in file:
-            inside, _, count = (int(field) for field in line.split())
-            if inside <= RANGE_BASE and inside + count >= RANGE_BASE + RANGE_SIZE:
-                return RANGE_BASE
-            if count >= 2 * RANGE_SIZE:
-                best = inside + count - RANGE_SIZE
-    return best
-
-
 class Launcher:
     """See the module."""
 
@@ -69,13 +46,8 @@ class Launcher:
         self._sock = sock
         self._boxes: dict[int, _Box] = {}
         self._exports: dict[int, int] = {}  # helper pid -> request
-        self._lowers: dict[str, tuple[str, tuple[int, int]]] = {}  # path -> short path, device and inode
-        self._mounted = 0
         self._count = 0
-        self.base: int | None = None
-        self.root_mode = False
-        self._idmap_fd = -1
-        self._own = (0, 0)  # a plain user's ids, which become the sandbox's root
+        self._ids = Ids(None, (0, 0))
         self._cgroups: limits.Cgroups | None = None
         self.facts: dict[str, Any] = {}
 
@@ -83,16 +55,16 @@ class Launcher:
 
     def enter(self) -> None:
         """Take the namespaces that this launcher works in. Raises `LauncherError`."""
-        uid, gid = os.geteuid(), os.getegid()
-        self.base = _map_base() if uid == 0 else None
+        self._ids = Ids(map_base() if os.geteuid() == 0 else None, (os.geteuid(), os.getegid()))
+        root_mode = self._ids.base is not None
         try:
-            if self.base is None:
-                raise PermissionError(errno.EPERM, "no range of ids to map")
-            linux.unshare(linux.CLONE_NEWNS)
-            self.root_mode = True
+            if root_mode:
+                linux.unshare(linux.CLONE_NEWNS)
         except PermissionError:
-            self.base = None
-            self._enter_userns(uid, gid)
+            root_mode = False
+        if not root_mode:
+            self._ids = dataclasses.replace(self._ids, base=None)
+            self._enter_userns()
         try:
             self._cgroups = limits.Cgroups(prefix=HOST)
             self.facts["cgroup"] = ""
@@ -108,25 +80,23 @@ class Launcher:
             os.chdir("/")
         except OSError as error:
             raise LauncherError(f"a private root could not be made: {error}", error.errno or 0, "mounts") from error
-        if self.root_mode:
-            self._idmap_fd = self._holder_userns()
-        self.facts["tmpfs_upper"] = self.root_mode or self._tmpfs_holds_upper()
+        self._overlays = Overlays(self._ids, self._holder_userns() if root_mode else -1, root_mode)
         self.facts.update(
-            root_mode=self.root_mode, single_id=self.base is None,
+            root_mode=root_mode, single_id=self._ids.base is None,
+            tmpfs_upper=root_mode or self._overlays.tmpfs_holds_upper(),
             memory_cgroup=bool(self._cgroups and self._cgroups.memory),
             pids_cgroup=bool(self._cgroups and self._cgroups.pids),
         )
 
-    def _enter_userns(self, uid: int, gid: int) -> None:
+    def _enter_userns(self) -> None:
         try:
             linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
             with open("/proc/self/setgroups", "w") as file:
                 file.write("deny")
             # Not as 0: the maps of sandboxes are seen in terms of this namespace, and show the user's true id.
-            for name, number in (("uid_map", uid), ("gid_map", gid)):
+            for name, number in zip(("uid_map", "gid_map"), self._ids.own, strict=True):
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(f"{number} {number} 1")
-            self._own = (uid, gid)
         except OSError as error:
             raise LauncherError(
                 f"no user namespace can be made here: {error.strerror}", error.errno or 0, "userns"
@@ -147,152 +117,12 @@ class Launcher:
             os._exit(0)
         os.close(read)
         try:
-            self._write_maps(pid)
+            self._ids.write_maps(pid)
             return os.open(f"{HOST}/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(write)
             os.waitpid(pid, 0)
             os.close(pidfd)
-
-    def _tmpfs_holds_upper(self) -> bool:
-        """Whether a plain user's overlay works over a tmpfs upper: on Linux 6.1, removing a lower directory is EIO."""
-        linux.mount("tmpfs", "/s", "tmpfs", 0, "mode=755,size=1m")
-        mounted = False
-        try:
-            for name in ("lower/d/e", "upper", "work"):
-                os.makedirs(f"/s/{name}")
-            linux.mount("overlay", "/x", "overlay", 0, "lowerdir=s/lower,upperdir=s/upper,workdir=s/work,userxattr")
-            mounted = True
-            os.rmdir("/x/d/e")
-            os.rmdir("/x/d")
-            os.mkdir("/x/d")
-            with open("/x/d/f", "w") as file:
-                file.write("x")
-            return os.listdir("/x/d") == ["f"]
-        except OSError:
-            return False
-        finally:
-            if mounted:
-                linux.umount("/x")
-            linux.umount("/s")
-
-    def _write_maps(self, pid: int) -> None:
-        for name, own in zip(("uid_map", "gid_map"), self._own, strict=True):
-            with open(f"{HOST}/proc/{pid}/{name}", "w") as file:
-                file.write(f"0 {self.base} {RANGE_SIZE}" if self.base is not None else f"0 {own} 1")
-
-    # Layers and uppers
-
-    def _lower(self, path: str) -> str:
-        """The short path of a layer, mounted below /l (id-mapped as root); once per layer."""
-        try:
-            status = os.stat(HOST + path)
-            identity = status.st_dev, status.st_ino
-            known = self._lowers.get(path)
-            if known is not None:
-                if known[1] == identity:
-                    return known[0]
-                # Removed and made anew meanwhile: what is mounted is the old one. The sandboxes that use it keep it.
-                linux.umount(f"/{known[0]}")
-                del self._lowers[path]
-            target = f"/l/{self._mounted}"
-            self._mounted += 1
-            fd = self._tree(path, linux.MOUNT_ATTR_RDONLY)
-            try:
-                os.mkdir(target)
-                linux.move_mount(fd, target)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            why = error.strerror or ""
-            if error.errno == errno.ENOENT:
-                why += " (if it is there, its file system was mounted after this process started)"
-            raise LauncherError(f"layer {path}: {why}", error.errno or 0) from error
-        self._lowers[path] = target[1:], identity
-        return target[1:]
-
-    def _tree(self, path: str, attributes: int) -> int:
-        """A detached, id-mapped copy of the host's mount at `path`."""
-        fd = linux.open_tree(HOST + path)
-        try:
-            if self._idmap_fd >= 0:
-                try:
-                    linux.mount_setattr(fd, attributes | linux.MOUNT_ATTR_IDMAP, self._idmap_fd)
-                    return fd
-                except OSError as error:
-                    # EINVAL: this file system has no id-mapped mounts (a pod's own overlayfs); it stays unmapped,
-                    # owned by nobody. Layers for such a place were unpacked with shifted owners.
-                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                        raise
-            linux.mount_setattr(fd, attributes)
-            return fd
-        except BaseException:
-            os.close(fd)
-            raise
-
-    def owner_shift(self, number: int, request: dict[str, Any]) -> None:
-        """Answer how far the owners of layers below a directory must be shifted: 0 where an overlay can stand on an
-        id-mapped mount of it (Linux 5.19, and a file system that has them), else the base of our range."""
-        shift = 0
-        if self._idmap_fd >= 0:
-            fd = linux.open_tree(HOST + request["path"])
-            staged = attached = mounted = False
-            try:
-                linux.mount("tmpfs", "/s", "tmpfs", 0, "mode=755,size=1m")
-                staged = True
-                for name in ("lower", "upper", "work"):
-                    os.mkdir(f"/s/{name}")
-                linux.mount_setattr(fd, linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_IDMAP, self._idmap_fd)
-                linux.move_mount(fd, "/s/lower")
-                attached = True
-                linux.mount("overlay", "/x", "overlay", 0, "lowerdir=s/lower,upperdir=s/upper,workdir=s/work")
-                mounted = True
-            except OSError:
-                shift = self.base or 0
-            finally:
-                os.close(fd)
-                for there, path in ((mounted, "/x"), (attached, "/s/lower"), (staged, "/s")):
-                    if there:
-                        linux.umount(path)
-        self._answer(number, {"shift": shift})
-
-    def _overlay(self, request: dict[str, Any], name: str) -> tuple[int, int]:
-        """Mount the overlay: (detached mount, directory that holds upper and work)."""
-        lowers = [self._lower(path) for path in reversed(request["layers"])]
-        stage = f"/s/{name}"
-        os.mkdir(stage)
-        staged = mounted = False
-        try:
-            flags = linux.MS_NOSUID | linux.MS_NODEV
-            if request["upper"] is None:
-                linux.mount("tmpfs", stage, "tmpfs", flags, f"mode=755,size={request['limits']['disk']}")
-            else:
-                linux.mount(HOST + request["upper"], stage, None, linux.MS_BIND)
-            staged = True
-            owner = (self.base, self.base) if self.base is not None else self._own
-            for directory in ("upper", "work"):
-                os.mkdir(f"{stage}/{directory}", 0o755)
-                os.chown(f"{stage}/{directory}", *owner)
-            options = [
-                f"lowerdir={':'.join(lowers)}", f"upperdir=s/{name}/upper", f"workdir=s/{name}/work",
-                # No sync of what is thrown away; no features that make an upper depend on its lowers' inodes.
-                "volatile", "index=off", "metacopy=off",
-            ]
-            options.append("redirect_dir=off" if self.root_mode else "userxattr")
-            linux.mount("overlay", "/x", "overlay", flags, ",".join(options))
-            mounted = True
-            return linux.open_tree("/x"), os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            what = f"the upper directory {request['upper']}" if request["upper"] else "an upper on tmpfs"
-            raise LauncherError(
-                f"an overlay with {what} could not be mounted: {error.strerror}", error.errno or 0, "overlay"
-            ) from error
-        finally:
-            if mounted:
-                linux.umount("/x")
-            if staged:
-                linux.umount(stage)
-            os.rmdir(stage)
 
     # Requests
 
@@ -308,7 +138,7 @@ class Launcher:
         held += [go_read, go_write, init_end.detach()]
         init_fd = held[-1]
         try:
-            root_fd, upper_fd = self._overlay(request, name)
+            root_fd, upper_fd = self._overlays.mount(request, name)
             held.append(root_fd)
             ours.append(upper_fd)
             bind_fds = []
@@ -317,7 +147,7 @@ class Launcher:
                 attributes |= linux.MOUNT_ATTR_RDONLY if bind["read_only"] else 0
                 bind["directory"] = os.path.isdir(HOST + bind["source"])
                 try:
-                    fd = self._tree(bind["source"], attributes)
+                    fd = self._overlays.tree(bind["source"], attributes)
                 except OSError as error:
                     raise LauncherError(f"bind {bind['source']}: {error.strerror}", error.errno or 0) from error
                 held.append(fd)
@@ -325,7 +155,7 @@ class Launcher:
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(name, request["limits"]["memory"], request["limits"]["processes"])
             request.update(
-                single_id=self.base is None, cgroup=bool(cgroup), memory_cgroup=self.facts["memory_cgroup"],
+                single_id=self._ids.base is None, cgroup=bool(cgroup), memory_cgroup=self.facts["memory_cgroup"],
                 pids_cgroup=self.facts["pids_cgroup"],
             )
             flags = (linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWIPC
@@ -339,7 +169,7 @@ class Launcher:
             if pid == 0:
                 self._be_init(request, init_fd, go_read, root_fd, bind_fds)
             ours.append(pidfd)
-            self._write_maps(pid)
+            self._ids.write_maps(pid)
             limits.Cgroups.join(cgroup, pid)
             os.write(go_write, b"g")
         except BaseException as error:
@@ -405,7 +235,7 @@ class Launcher:
                 from skyrl_minisandbox.sandbox.export import export_upper
 
                 export_upper(
-                    box.upper_fd, fds[0], prefix=request["prefix"], base=self.base,
+                    box.upper_fd, fds[0], prefix=request["prefix"], base=self._ids.base,
                     max_bytes=request["max_bytes"], max_members=request["max_members"],
                 )
                 os._exit(0)
@@ -457,7 +287,7 @@ class Launcher:
             elif verb == "destroy":
                 self.destroy(number, message)
             elif verb == "owner_shift":
-                self.owner_shift(number, message)
+                self._answer(number, {"shift": self._overlays.owner_shift(message["path"])})
             elif verb == "export":
                 self.export(number, message, list(fds))
         except LauncherError as error:

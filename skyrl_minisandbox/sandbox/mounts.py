@@ -26,10 +26,10 @@ _LINKS = {
 # What container runtimes mask (runtime-spec's defaults of runc and podman), and what probes found readable.
 _MASKED = (
     "kcore", "keys", "kallsyms", "kmsg", "timer_list", "timer_stats", "sched_debug", "interrupts", "latency_stats",
-    "sysrq-trigger", "kpagecount", "kpageflags", "kpagecgroup", "slabinfo", "vmallocinfo", "softirqs", "schedstat",
+    "kpagecount", "kpageflags", "kpagecgroup", "slabinfo", "vmallocinfo", "softirqs", "schedstat",
 )
 _MASKED_DIRECTORIES = ("acpi", "asound", "scsi", "driver", "pressure", "dynamic_debug")
-_READ_ONLY = ("bus", "fs", "irq", "sys", "tty")
+_READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger", "tty")
 
 _FLAGS = linux.MS_NOSUID | linux.MS_NODEV
 
@@ -110,7 +110,7 @@ def _proc_masks(proc: str) -> None:
             linux.mount("tmpfs", f"{proc}/{name}", "tmpfs", linux.MS_RDONLY | _FLAGS, "size=0,nr_inodes=1")
     for name in _READ_ONLY:
         path = f"{proc}/{name}"
-        if os.path.isdir(path):
+        if os.path.exists(path):
             linux.mount(path, path, None, linux.MS_BIND | linux.MS_REC)
             linux.mount(None, path, None, linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY
                         | _FLAGS | linux.MS_NOEXEC)

@@ -26,6 +26,7 @@ from skyrl_minisandbox.sandbox.wire import Answer, Ask
 # may take before init counts as dead. Seconds.
 READY_TIMEOUT = 60.0
 ANSWER_SLACK = 30.0
+EXPORT_TIMEOUT = 1800.0  # a compiled scientific environment has gigabytes, and its reader compresses them
 # Protections that `allow_degraded` may name.
 DEGRADABLE = ("proc",)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -270,7 +271,7 @@ class Sandbox:
         if self._closed.is_set():
             raise SandboxGone("the sandbox is closed")
         answer, _ = self._launcher.ask(
-            "export", (fd,), box=self._box, prefix=prefix, max_bytes=max_bytes, max_members=max_members
+            "export", (fd,), EXPORT_TIMEOUT, box=self._box, prefix=prefix, max_bytes=max_bytes, max_members=max_members
         )
         return answer
 

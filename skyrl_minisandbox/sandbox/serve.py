@@ -20,6 +20,7 @@ from typing import Any
 
 from skyrl_minisandbox.sandbox import processes, wire
 from skyrl_minisandbox.sandbox.bash import Bash
+from skyrl_minisandbox.sandbox.underway import Command, Writing
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
 
 # How long a killed command may take to end before its result is given without it, seconds.
@@ -31,24 +32,6 @@ _STDIN_WINDOW = 1 << 20
 # What a pipe can hold at a command's end (1 MiB at most without privilege) is 16 chunks; what a background
 # process goes on writing is not the command's.
 _LAST_ROUNDS = 17
-
-
-class _Command:
-    """A command that runs, of `run` or of a shell."""
-
-    def __init__(self, request: int, pid: int, timeout: float | None, limit: int) -> None:
-        self.request = request
-        self.pid = pid
-        self.started = time.monotonic()
-        self.deadline = self.started + timeout if timeout is not None else None
-        self.capture = processes.Capture(limit)
-        self.outputs: dict[int, int] = {}  # descriptor -> stream
-        self.stdin = -1
-        self.pending = bytearray()
-        self.stdin_ends = False
-        self.timed_out = False
-        self.attempts = 0
-        self.shell: Bash | None = None
 
 
 class Server:
@@ -71,11 +54,11 @@ class Server:
         self._reader = wire.FrameReader()
         self._outgoing = bytearray()
         self._poll = select.epoll()
-        self._commands: dict[int, _Command] = {}  # request id -> command
-        self._by_output: dict[int, _Command | None] = {}  # None: a shell's control pipe
+        self._commands: dict[int, Command] = {}  # request id -> command
+        self._by_output: dict[int, Command | None] = {}  # None: a shell's control pipe
         self._drains: set[int] = set()
         self._shells: dict[str, Bash] = {}
-        self._writing: dict[int, _Writing] = {}  # request id -> file that DATA frames go into
+        self._writing: dict[int, Writing] = {}  # request id -> file that DATA frames go into
         self._coming: dict[int, tuple[dict[str, Any], bytearray]] = {}  # long shell commands, in DATA frames
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -132,7 +115,7 @@ class Server:
         elif kind == Ask.READ:
             self._read(request, ask["path"], ask["limit"])
         elif kind == Ask.WRITE:
-            self._writing[request] = _Writing(ask["path"], ask["mode"])
+            self._writing[request] = Writing(ask["path"], ask["mode"])
         elif kind == Ask.FREEZE:
             self._freeze(request)
         elif kind == Ask.INTERRUPT:
@@ -172,7 +155,7 @@ class Server:
             for fd in theirs:
                 os.close(fd)
         out_read, err_read = ours[:2]
-        command = _Command(request, pid, ask["timeout"], self._limits["output"])
+        command = Command(request, pid, ask["timeout"], self._limits["output"])
         self._commands[request] = command
         self._watch(command, out_read, 1)
         self._watch(command, err_read, 2)
@@ -201,18 +184,18 @@ class Server:
                 self._reap(wait=_KILL_PAUSE)
             self._refuse(request, f"cannot run in the shell: {error.strerror}")
             return
-        command = _Command(request, shell.pid, ask["timeout"], self._limits["output"])
+        command = Command(request, shell.pid, ask["timeout"], self._limits["output"])
         command.shell = shell
         self._commands[request] = command
         self._watch(command, output, 1)
 
     def _refuse(self, request: int, text: str) -> None:
-        command = _Command(request, 0, None, self._limits["output"])
+        command = Command(request, 0, None, self._limits["output"])
         command.capture.add(2, f"{text}\n".encode())
         self._commands[request] = command
         self._finish(command, processes.NOT_EXECUTABLE)
 
-    def _watch(self, command: _Command, fd: int, stream: int) -> None:
+    def _watch(self, command: Command, fd: int, stream: int) -> None:
         os.set_blocking(fd, False)
         command.outputs[fd] = stream
         self._by_output[fd] = command
@@ -293,7 +276,7 @@ class Server:
         else:
             self._collect(command, fd)
 
-    def _collect(self, command: _Command, fd: int, rounds: int = 4) -> None:
+    def _collect(self, command: Command, fd: int, rounds: int = 4) -> None:
         """Take what a pipe has; a few chunks at a time, so that a flood does not keep the others waiting."""
         for _ in range(rounds):
             try:
@@ -305,13 +288,13 @@ class Server:
                 return
             command.capture.add(command.outputs[fd], data)
 
-    def _close_output(self, command: _Command, fd: int) -> None:
+    def _close_output(self, command: Command, fd: int) -> None:
         self._poll.unregister(fd)
         os.close(fd)
         del self._by_output[fd]
         del command.outputs[fd]
 
-    def _feed(self, command: _Command) -> None:
+    def _feed(self, command: Command) -> None:
         try:
             while command.pending:
                 del command.pending[: os.write(command.stdin, command.pending[: 1 << 16])]
@@ -327,7 +310,7 @@ class Server:
             self._poll.modify(command.stdin, select.EPOLLOUT if command.pending else 0)
         self._throttle()
 
-    def _close_stdin(self, command: _Command) -> None:
+    def _close_stdin(self, command: Command) -> None:
         if command.stdin >= 0:
             self._poll.unregister(command.stdin)
             os.close(command.stdin)
@@ -433,7 +416,7 @@ class Server:
             else:
                 processes.kill_tree(command.pid)
 
-    def _finish(self, command: _Command, code: int, notice: str = "") -> None:
+    def _finish(self, command: Command, code: int, notice: str = "") -> None:
         del self._commands[command.request]
         self._close_stdin(command)
         for fd in list(command.outputs):
@@ -475,35 +458,3 @@ class Server:
         except OSError:
             os._exit(0)  # the owner is gone
         self._throttle()
-
-
-class _Writing:
-    """A file that DATA frames go into. What fails is told when all data has come, so that the stream stays in step."""
-
-    def __init__(self, path: str, mode: int) -> None:
-        self._fd = -1
-        self._error: OSError | None = None
-        try:
-            os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
-            # O_NONBLOCK: a FIFO where a file is expected must not hold init.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            self._fd = os.open(path, flags, mode)
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", path)
-            os.ftruncate(self._fd, 0)
-            os.fchmod(self._fd, mode)
-        except OSError as error:
-            self._error = error
-
-    def add(self, data: bytes) -> None:
-        view = memoryview(data)
-        try:
-            while view and self._error is None:
-                view = view[os.write(self._fd, view) :]
-        except OSError as error:
-            self._error = error
-
-    def finish(self) -> OSError | None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        return self._error

@@ -1,0 +1,203 @@
+"""Layers, uppers and the overlay over them, in the launcher's mount namespace and with its rights.
+
+`/l/N` are layers, each mounted once under a path of a few bytes, as a mount takes 4 KiB of options (id-mapped where the
+kernel and the file system can); `/s` is where an upper is put together; `/x` is where an overlay is mounted until it
+has been cloned. What leaves this module are detached mounts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from typing import Any
+
+from skyrl_minisandbox.sandbox import linux
+from skyrl_minisandbox.sandbox.mounts import HOST
+
+# Users and groups of a sandbox, as the host sees them: the last 65,536 of the range that systemd documents for
+# containers (systemd.io/UIDS-GIDS), so that no account of the machine is among them.
+RANGE_BASE = 0x6FFF0000
+RANGE_SIZE = 65536
+
+
+class LauncherError(Exception):
+    """Told to the owner: what failed, errno, and the name of what the machine lacks ("" when it is something else)."""
+
+    def __init__(self, message: str, number: int = 0, lacks: str = "") -> None:
+        super().__init__(message)
+        self.number, self.lacks = number, lacks
+
+
+@dataclasses.dataclass
+class Ids:
+    """Which of the machine's ids a sandbox has: a range from `base`, or one user and group (`own`) as its root."""
+
+    base: int | None
+    own: tuple[int, int]
+
+    def root(self) -> tuple[int, int]:
+        """Owner and group that are root inside, as the machine sees them."""
+        return (self.base, self.base) if self.base is not None else self.own
+
+    def write_maps(self, pid: int) -> None:
+        """Give the user namespace of a new process its maps."""
+        for name, own in zip(("uid_map", "gid_map"), self.own, strict=True):
+            with open(f"{HOST}/proc/{pid}/{name}", "w") as file:
+                file.write(f"0 {self.base} {RANGE_SIZE}" if self.base is not None else f"0 {own} 1")
+
+
+def map_base() -> int | None:
+    """The first id of our range, within what this process's own user namespace maps; None for a single id."""
+    best = None
+    with open("/proc/self/uid_map") as file:
+        for line in file:
+            inside, _, count = (int(field) for field in line.split())
+            if inside <= RANGE_BASE and inside + count >= RANGE_BASE + RANGE_SIZE:
+                return RANGE_BASE
+            if count >= 2 * RANGE_SIZE:
+                best = inside + count - RANGE_SIZE
+    return best
+
+
+class Overlays:
+    """idmap_fd: a user namespace with the sandboxes' map, to id-map mounts by; -1 for a plain user.
+    root_mode: whether the launcher is root on the machine, and not only in a namespace of its own.
+    """
+
+    def __init__(self, ids: Ids, idmap_fd: int, root_mode: bool) -> None:
+        self.ids, self.idmap_fd, self.root_mode = ids, idmap_fd, root_mode
+        self._lowers: dict[str, tuple[str, tuple[int, int]]] = {}  # path -> short path, device and inode
+        self._mounted = 0
+
+    def lower(self, path: str) -> str:
+        """The short path of a layer, mounted below /l (id-mapped as root); once per layer."""
+        try:
+            status = os.stat(HOST + path)
+            identity = status.st_dev, status.st_ino
+            known = self._lowers.get(path)
+            if known is not None:
+                if known[1] == identity:
+                    return known[0]
+                # Removed and made anew meanwhile: what is mounted is the old one. The sandboxes that use it keep it.
+                linux.umount(f"/{known[0]}")
+                del self._lowers[path]
+            target = f"/l/{self._mounted}"
+            self._mounted += 1
+            fd = self.tree(path, linux.MOUNT_ATTR_RDONLY)
+            try:
+                os.mkdir(target)
+                linux.move_mount(fd, target)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            why = error.strerror or ""
+            if error.errno == errno.ENOENT:
+                why += " (if it is there, its file system was mounted after this process started)"
+            raise LauncherError(f"layer {path}: {why}", error.errno or 0) from error
+        self._lowers[path] = target[1:], identity
+        return target[1:]
+
+    def tree(self, path: str, attributes: int) -> int:
+        """A detached, id-mapped copy of the host's mount at `path`."""
+        fd = linux.open_tree(HOST + path)
+        try:
+            if self.idmap_fd >= 0:
+                try:
+                    linux.mount_setattr(fd, attributes | linux.MOUNT_ATTR_IDMAP, self.idmap_fd)
+                    return fd
+                except OSError as error:
+                    # EINVAL: this file system has no id-mapped mounts (a pod's own overlayfs); it stays unmapped,
+                    # owned by nobody. Layers for such a place were unpacked with shifted owners.
+                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                        raise
+            linux.mount_setattr(fd, attributes)
+            return fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def owner_shift(self, directory: str) -> int:
+        """How far the owners of layers below a directory must be shifted: 0 where an overlay can stand on an
+        id-mapped mount of it (Linux 5.19, and a file system that has them), else the base of our range."""
+        shift = 0
+        if self.idmap_fd >= 0:
+            fd = linux.open_tree(HOST + directory)
+            staged = attached = mounted = False
+            try:
+                linux.mount("tmpfs", "/s", "tmpfs", 0, "mode=755,size=1m")
+                staged = True
+                for name in ("lower", "upper", "work"):
+                    os.mkdir(f"/s/{name}")
+                linux.mount_setattr(fd, linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_IDMAP, self.idmap_fd)
+                linux.move_mount(fd, "/s/lower")
+                attached = True
+                linux.mount("overlay", "/x", "overlay", 0, "lowerdir=s/lower,upperdir=s/upper,workdir=s/work")
+                mounted = True
+            except OSError:
+                shift = self.ids.base or 0
+            finally:
+                os.close(fd)
+                for there, path in ((mounted, "/x"), (attached, "/s/lower"), (staged, "/s")):
+                    if there:
+                        linux.umount(path)
+        return shift
+
+    def mount(self, request: dict[str, Any], name: str) -> tuple[int, int]:
+        """Mount the overlay: (detached mount, directory that holds upper and work)."""
+        lowers = [self.lower(path) for path in reversed(request["layers"])]
+        stage = f"/s/{name}"
+        os.mkdir(stage)
+        staged = mounted = False
+        try:
+            flags = linux.MS_NOSUID | linux.MS_NODEV
+            if request["upper"] is None:
+                linux.mount("tmpfs", stage, "tmpfs", flags, f"mode=755,size={request['limits']['disk']}")
+            else:
+                linux.mount(HOST + request["upper"], stage, None, linux.MS_BIND)
+            staged = True
+            for directory in ("upper", "work"):
+                os.mkdir(f"{stage}/{directory}", 0o755)
+                os.chown(f"{stage}/{directory}", *self.ids.root())
+            options = [
+                f"lowerdir={':'.join(lowers)}", f"upperdir=s/{name}/upper", f"workdir=s/{name}/work",
+                # No sync of what is thrown away; no features that make an upper depend on its lowers' inodes.
+                "volatile", "index=off", "metacopy=off",
+            ]
+            options.append("redirect_dir=off" if self.root_mode else "userxattr")
+            linux.mount("overlay", "/x", "overlay", flags, ",".join(options))
+            mounted = True
+            return linux.open_tree("/x"), os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            what = f"the upper directory {request['upper']}" if request["upper"] else "an upper on tmpfs"
+            raise LauncherError(
+                f"an overlay with {what} could not be mounted: {error.strerror}", error.errno or 0, "overlay"
+            ) from error
+        finally:
+            if mounted:
+                linux.umount("/x")
+            if staged:
+                linux.umount(stage)
+            os.rmdir(stage)
+
+    def tmpfs_holds_upper(self) -> bool:
+        """Whether a plain user's overlay works over a tmpfs upper: on Linux 6.1, removing a lower directory is EIO."""
+        linux.mount("tmpfs", "/s", "tmpfs", 0, "mode=755,size=1m")
+        mounted = False
+        try:
+            for name in ("lower/d/e", "upper", "work"):
+                os.makedirs(f"/s/{name}")
+            linux.mount("overlay", "/x", "overlay", 0, "lowerdir=s/lower,upperdir=s/upper,workdir=s/work,userxattr")
+            mounted = True
+            os.rmdir("/x/d/e")
+            os.rmdir("/x/d")
+            os.mkdir("/x/d")
+            with open("/x/d/f", "w") as file:
+                file.write("x")
+            return os.listdir("/x/d") == ["f"]
+        except OSError:
+            return False
+        finally:
+            if mounted:
+                linux.umount("/x")
+            linux.umount("/s")

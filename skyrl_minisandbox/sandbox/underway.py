@@ -1,0 +1,61 @@
+"""What the serving loop holds for a request that is under way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+
+from skyrl_minisandbox.sandbox import processes
+from skyrl_minisandbox.sandbox.bash import Bash
+
+
+class Command:
+    """A command that runs, of `run` or of a shell."""
+
+    def __init__(self, request: int, pid: int, timeout: float | None, limit: int) -> None:
+        self.request = request
+        self.pid = pid
+        self.started = time.monotonic()
+        self.deadline = self.started + timeout if timeout is not None else None
+        self.capture = processes.Capture(limit)
+        self.outputs: dict[int, int] = {}  # descriptor -> stream
+        self.stdin = -1
+        self.pending = bytearray()
+        self.stdin_ends = False
+        self.timed_out = False
+        self.attempts = 0
+        self.shell: Bash | None = None
+
+
+class Writing:
+    """A file that DATA frames go into. What fails is told when all data has come, so that the stream stays in step."""
+
+    def __init__(self, path: str, mode: int) -> None:
+        self._fd = -1
+        self._error: OSError | None = None
+        try:
+            os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
+            # O_NONBLOCK: a FIFO where a file is expected must not hold init.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            self._fd = os.open(path, flags, mode)
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            os.ftruncate(self._fd, 0)
+            os.fchmod(self._fd, mode)
+        except OSError as error:
+            self._error = error
+
+    def add(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view and self._error is None:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            self._error = error
+
+    def finish(self) -> OSError | None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        return self._error
