@@ -132,9 +132,13 @@ class LauncherClient:
         return f": {lines[-1]}" if lines else ""
 
     def ask(
-        self, verb: str, fds: tuple[int, ...] = (), timeout: float = ANSWER_TIMEOUT, **request: Any
+        self, verb: str, fds: tuple[int, ...] = (), timeout: float | None = None, **request: Any
     ) -> tuple[dict[str, Any], list[int]]:
-        """Send a request and wait: (answer, descriptors). Raises `SandboxError` or `MachineError`."""
+        """Send a request and wait: (answer, descriptors). Raises `SandboxError` or `MachineError`.
+
+        timeout: seconds; None for `ANSWER_TIMEOUT`.
+        """
+        timeout = ANSWER_TIMEOUT if timeout is None else timeout
         future: concurrent.futures.Future[tuple[dict[str, Any], list[int]]] = concurrent.futures.Future()
         with self._lock:
             if self._closed:

@@ -1,9 +1,9 @@
 """The process that makes sandboxes: small, exec'd with an empty environment, single-threaded, holding no secret.
 
 It lives in a mount namespace of its own, whose root is a tmpfs with the machine at `/host`. A plain user's launcher
-first makes a user namespace in which it has every capability; from there on both go the same way: the overlay is mounted
-here, with the launcher's rights (`overlay.py`), and handed as a detached mount to a child made by one clone3 in
-namespaces of its own, which never had those rights.
+first makes a user namespace in which it has every capability; from there on both go the same way: the overlay is
+mounted here, with the launcher's rights (`overlay.py`), and handed as a detached mount to a child made by one clone3
+in namespaces of its own, which never had those rights.
 
 The owner's lifeline is the control socket: at its end the launcher exits, and every init with it (PDEATHSIG).
 Owner and launcher trust each other: messages between them are JSON, with descriptors beside them.
