@@ -258,6 +258,7 @@ class OrdinaryUser:
         env = {key: value for key, value in os.environ.items() if key.lower().startswith(kept)}
         env |= {"HOME": str(self.home), "USER": self.name, "LOGNAME": self.name, "SHELL": "/bin/bash"}
         env["PATH"] = "/usr/local/bin:/usr/bin:/bin"
+        env["TMPDIR"] = str(self.home / "tmp")  # goes with the account
         env["PYTHONPATH"] = ":".join(str(path) for path in self.python_path)
         env["PYTHONDONTWRITEBYTECODE"] = "1"
         return env | dict(extra or {})
@@ -317,7 +318,10 @@ def ordinary_user(python: Path | None = None) -> Iterator[OrdinaryUser]:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         if python is not None:
             version = next(p.name for p in (prefix / "lib").glob("python3.*")).removeprefix("python")
-        yield OrdinaryUser(name, prefix / "bin" / f"python{version}", readable_packages())
+        account = OrdinaryUser(name, prefix / "bin" / f"python{version}", readable_packages())
+        (account.home / "tmp").mkdir()
+        shutil.chown(account.home / "tmp", account.uid, account.gid)
+        yield account
     finally:
         end_processes_of(name)
         subprocess.run(["userdel", "-r", name], capture_output=True, timeout=60, check=False)
