@@ -31,6 +31,7 @@ from skyrl_minisandbox.images.layer import Layer, LayerWriter, file_digest, shor
 from skyrl_minisandbox.images.locks import Aside, locked, write_atomic
 
 FORMAT = 1
+_DIRECTORIES = ("blobs", "steps", "logs", "locks", "aside")  # another process may have made only these so far
 _REF = "org.opencontainers.image.ref.name"
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Store:
 
     def _initialise(self, marker: Path, create: bool) -> None:
         foreign = self.path.exists() and any(
-            name not in {"locks", "blobs"} and not name.startswith(".") for name in os.listdir(self.path)
+            name not in _DIRECTORIES and not name.startswith(".") for name in os.listdir(self.path)
         )
         if not create or (foreign and not (self.path / "oci-layout").exists()):
             raise StoreNotInitialised(
@@ -78,8 +79,9 @@ class Store:
             )
         try:
             with locked(self.path / "locks" / "index"):
-                for name in ("blobs/sha256", "steps", "logs", "locks", "aside"):
+                for name in _DIRECTORIES:
                     (self.path / name).mkdir(parents=True, exist_ok=True)
+                self._blobs.mkdir(exist_ok=True)
                 if not (self.path / "oci-layout").exists():
                     write_atomic(self.path / "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
                 if not (self.path / "index.json").exists():

@@ -170,3 +170,10 @@ def test_an_image_whose_description_is_damaged_can_be_built_again(
         path.write_bytes(b"{}")
     assert store.find(image.recipe) is None
     assert store.add(image) == stored == store.find(image.recipe)
+
+
+@pytest.mark.parametrize("made", [1, 3, 5])
+def test_a_store_that_another_process_is_just_making_is_no_foreign_directory(tmp_path: Path, made: int) -> None:
+    for name in ("locks", "blobs", "steps", "logs", "aside")[:made]:
+        (tmp_path / "store" / name).mkdir(parents=True)
+    assert Store(tmp_path / "store").images() == []
