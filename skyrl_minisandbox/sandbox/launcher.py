@@ -23,7 +23,7 @@ import socket
 import struct
 from typing import Any
 
-from skyrl_minisandbox.sandbox import limits, linux, wire
+from skyrl_minisandbox.sandbox import limits, linux, processes, wire
 from skyrl_minisandbox.sandbox.init import run_init
 from skyrl_minisandbox.sandbox.mounts import HOST, NEW_ROOT
 from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Overlays, map_base
@@ -312,13 +312,7 @@ class Launcher:
             os.close(fd)
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status in processes.ended_children():
             number = self._exports.pop(pid, None)
             if number is not None:
                 code = os.waitstatus_to_exitcode(status)

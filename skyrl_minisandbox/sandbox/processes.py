@@ -161,6 +161,18 @@ def _become(user: str) -> str:
     return entry.pw_dir
 
 
+def ended_children() -> Iterator[tuple[int, int]]:
+    """Reap every child that has ended: (pid, wait status). Does not wait."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status
+
+
 def exit_code(status: int) -> int:
     code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code

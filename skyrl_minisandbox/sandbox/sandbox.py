@@ -34,6 +34,10 @@ _EXPORT_LIMIT = 16 << 30
 _MEMBERS_LIMIT = 4_000_000
 
 
+class _TooLong(SandboxError):
+    """A request that does not fit a frame; nothing of it was sent."""
+
+
 class Sandbox:
     """Namespaces and an overlay over `spec.layers`, with limits. Ready when the constructor returns.
 
@@ -163,11 +167,12 @@ class Sandbox:
             "argv": argv, "env": self._environment(env), "cwd": cwd or self.spec.workdir, "user": user,
             "timeout": timeout, "input": input is not None,
         }
-        if len(json.dumps(ask)) > wire.MAX_PAYLOAD:  # more than a kernel takes anyway: told as a shell tells it
-            text = f"{argv[0]}: {os.strerror(errno.E2BIG)}\n".encode(errors="replace")
-            return CommandResult(stdout=b"", stderr=text, exit_code=126, merged=text)
         with self._lock:
-            request = self._send(Ask.RUN, ask)
+            try:
+                request = self._send(Ask.RUN, ask)
+            except _TooLong:  # more than a kernel takes anyway: told as a shell tells it
+                text = f"{argv[0]}: {os.strerror(errno.E2BIG)}\n".encode(errors="replace")
+                return CommandResult(stdout=b"", stderr=text, exit_code=126, merged=text)
             if input is not None:
                 self._send_data(request, input)
             return self._result(request, timeout)
@@ -312,10 +317,10 @@ class Sandbox:
     # The wire
 
     def _send(self, kind: Ask, ask: dict[str, Any]) -> int:
-        self._requests += 1
         payload = json.dumps(ask, ensure_ascii=True).encode()
         if len(payload) > wire.MAX_PAYLOAD:
-            raise SandboxError(f"a request of {len(payload)} bytes; command and environment take {wire.MAX_PAYLOAD}")
+            raise _TooLong(f"a request of {len(payload)} bytes; command and environment take {wire.MAX_PAYLOAD}")
+        self._requests += 1
         self._raw_send(wire.frame(kind, self._requests, payload))
         return self._requests
 

@@ -346,13 +346,7 @@ class Server:
                 pass
         except BlockingIOError:
             pass
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
+        for pid, status in processes.ended_children():
             self._ended(pid, processes.exit_code(status))
 
     def _ended(self, pid: int, code: int) -> None:
