@@ -218,6 +218,11 @@ def require(*names: str) -> None:
             pytest.skip(f"needs {name}: {reason}")
 
 
+def seconds(count: float) -> float:
+    """A deadline of `count` seconds on this machine: MINISANDBOX_DEADLINE_FACTOR times that, 1 unless told."""
+    return count * float(os.environ.get("MINISANDBOX_DEADLINE_FACTOR") or 1)
+
+
 @functools.cache
 def find_python(version: str) -> Path | None:
     """The prefix of an interpreter of `version` ("3.9") that works, outside any virtual environment.
