@@ -1,0 +1,1 @@
+"""scripts/bench/sandbox: a sandbox beside its floor and its peers."""
