@@ -12,20 +12,22 @@ if TYPE_CHECKING:
     from skyrl_minisandbox.sandbox.client import shutdown_launcher as shutdown_launcher
     from skyrl_minisandbox.sandbox.client import tmpfs_holds_upper as tmpfs_holds_upper
     from skyrl_minisandbox.sandbox.sandbox import Sandbox as Sandbox
-    from skyrl_minisandbox.sandbox.sandbox import Shell as Shell
+    from skyrl_minisandbox.sandbox.shell import Shell as Shell
     from skyrl_minisandbox.sandbox.spec import Bind as Bind
     from skyrl_minisandbox.sandbox.spec import CommandResult as CommandResult
     from skyrl_minisandbox.sandbox.spec import Limits as Limits
     from skyrl_minisandbox.sandbox.spec import SandboxSpec as SandboxSpec
+    from skyrl_minisandbox.sandbox.state import Change as Change
+    from skyrl_minisandbox.sandbox.state import Snapshot as Snapshot
 
 __all__ = [
-    "Bind", "CommandResult", "Limits", "Sandbox", "SandboxSpec", "Shell", "owner_shift", "shutdown_launcher",
-    "tmpfs_holds_upper",
+    "Bind", "Change", "CommandResult", "Limits", "Sandbox", "SandboxSpec", "Shell", "Snapshot", "owner_shift",
+    "shutdown_launcher", "tmpfs_holds_upper",
 ]
 
 _WHERE = {
-    "Sandbox": "sandbox", "Shell": "sandbox", "owner_shift": "client", "shutdown_launcher": "client",
-    "tmpfs_holds_upper": "client",
+    "Sandbox": "sandbox", "Shell": "shell", "Change": "state", "Snapshot": "state", "owner_shift": "client",
+    "shutdown_launcher": "client", "tmpfs_holds_upper": "client",
 }
 
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import secrets
 import shlex
+import stat
 
 from skyrl_minisandbox.sandbox import processes
 from skyrl_minisandbox.sandbox.mounts import PRIVATE
@@ -39,14 +40,15 @@ class Bash:
         self._nonce = b""
         self._told = b""
         self._count = 0
-        self._exit_code = 0
+        self.exit_code = 0
         self._spare: frozenset[int] = frozenset()
         self.started = 0
+        self.restored = False  # its state file was laid there before its first start
         self.replaced = False  # nobody holds the control pipe: what runs under the pid is not bash any more
 
     def start(self) -> None:
         """Start bash; after the first time, with the exports, functions and directory of before."""
-        if not self.started:
+        if not self.started and not self.restored:
             # Written by the shell, whoever it runs as; another process that writes to it harms only this shell.
             os.close(self._new_file("state", 0o666))
         held: list[int] = []
@@ -72,11 +74,12 @@ class Bash:
             raise
         for fd in (command_read, control_write, null):
             os.close(fd)
-        if self.started and os.path.exists(self._path("state")):
+        if (self.started or self.restored) and os.path.exists(self._path("state")):
             self._send(f". {self._path('state')} </dev/null >/dev/null 2>&1\n")
+        if self.started:
+            self.exit_code = 0
         self.started += 1
         self.replaced = False
-        self._exit_code = 0
 
     def _path(self, name: str) -> str:
         return f"{PRIVATE}/{self.key}.{name}"
@@ -112,7 +115,7 @@ class Bash:
         os.chmod(output, 0o622)
         read = os.open(output, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._spare = frozenset(self._children())
-        restore = f"(exit {self._exit_code}); " if self._exit_code else ""
+        restore = f"(exit {self.exit_code}); " if self.exit_code else ""
         state = self._path("state")
         line = (
             f"{restore}. {file} </dev/null >{output} 2>&1 {_CONTROL}>&-; __minisandbox_code=$?; "
@@ -159,9 +162,9 @@ class Bash:
             nonce, _, rest = part.partition(b" ")
             if nonce == self._nonce:
                 code, _, cwd = rest.partition(b" ")
-                self._exit_code = int(code) & 0xFF if code.isdigit() and len(code) <= 3 else 1
+                self.exit_code = int(code) & 0xFF if code.isdigit() and len(code) <= 3 else 1
                 self.cwd = os.fsdecode(cwd)
-                return self._exit_code, self.cwd
+                return self.exit_code, self.cwd
         return None
 
     def interrupt(self, attempt: int) -> None:
@@ -175,6 +178,17 @@ class Bash:
                 os.close(fd)
         self.control = self._input = -1
         self.pid = 0
+
+    def saved(self, limit: int) -> bytes:
+        """What it exports, as bash text; empty when there is more than `limit` bytes of it, or none."""
+        # O_NOFOLLOW and O_NONBLOCK: it lies where everybody inside can have made something else of it.
+        with contextlib.suppress(OSError):
+            fd = os.open(self._path("state"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(fd, "rb", buffering=0) as file:
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    text = file.read(limit + 1)
+                    return text if len(text) <= limit else b""
+        return b""
 
     def notice(self) -> str:
         return (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import atexit
+import collections
 import concurrent.futures
+import contextlib
 import errno
 import json
 import os
@@ -16,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from skyrl_minisandbox.errors import MachineError, SandboxError
+from skyrl_minisandbox.errors import MachineError, SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox.launcher import CONTROL_FD
 
 # The launcher answers in milliseconds; a loaded machine may take longer to start a Python. Seconds.
@@ -40,10 +42,12 @@ _HINTS = {
 }
 
 
-def explain(message: str, number: int, lacks: str) -> SandboxError | MachineError:
+def explain(message: str, number: int, lacks: str) -> SandboxError | SandboxGone | MachineError:
     """The error for what the launcher told."""
     if number == errno.ENOSPC and lacks == "userns":
         message += " (the limit on namespaces is reached)"
+    if lacks == "sandbox":
+        return SandboxGone(message)
     if lacks and number != errno.EMFILE:
         return MachineError(message, hint=_HINTS.get(lacks, "run `minisandbox doctor`"))
     return SandboxError(message, hint="run `minisandbox doctor`")
@@ -68,6 +72,7 @@ class LauncherClient:
         self._pending: dict[int, concurrent.futures.Future[tuple[dict[str, Any], list[int]]]] = {}
         self._number = 0
         self._closed = False
+        self._released: collections.deque[int] = collections.deque()  # frozen layers that nobody holds any more
         self._log = tempfile.TemporaryFile()
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.owner_pid = os.getpid()
@@ -163,6 +168,20 @@ class LauncherClient:
         if "error" in answer:
             raise explain(answer["error"], answer["errno"], answer["lacks"])
         return answer, received
+
+    def release(self, layer: int) -> None:
+        """A frozen layer is not needed any more. Called by the garbage collector, so it only takes note."""
+        self._released.append(layer)
+
+    def forget_released(self) -> None:
+        """Have the launcher drop the layers that were released."""
+        layers = []
+        with contextlib.suppress(IndexError):
+            while True:
+                layers.append(self._released.popleft())
+        if layers:
+            with contextlib.suppress(SandboxError):  # it has ended, and they with it
+                self.ask("release", layers=layers)
 
     @property
     def alive(self) -> bool:

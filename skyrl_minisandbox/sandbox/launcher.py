@@ -26,7 +26,7 @@ from typing import Any
 from skyrl_minisandbox.sandbox import limits, linux, processes, wire
 from skyrl_minisandbox.sandbox.init import run_init
 from skyrl_minisandbox.sandbox.mounts import HOST, NEW_ROOT
-from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Overlays, map_base
+from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Mounted, Overlays, map_base
 
 CONTROL_FD = 3
 
@@ -34,9 +34,11 @@ CONTROL_FD = 3
 class _Box:
     """One sandbox, as the launcher knows it."""
 
-    def __init__(self, pid: int, pidfd: int, upper_fd: int, cgroup: list[str]) -> None:
-        self.pid, self.pidfd, self.upper_fd, self.cgroup = pid, pidfd, upper_fd, cgroup
+    def __init__(self, pid: int, pidfd: int, mounted: Mounted, base: int, cgroup: list[str]) -> None:
+        self.pid, self.pidfd, self.mounted, self.cgroup = pid, pidfd, mounted, cgroup
+        self.base = base  # how many of its layers are the image's; those above were frozen
         self.waiting: list[int] = []  # requests that wait for its end
+        self.keep = False  # what it wrote becomes a layer then
 
 
 class Launcher:
@@ -138,9 +140,9 @@ class Launcher:
         held += [go_read, go_write, init_end.detach()]
         init_fd = held[-1]
         try:
-            root_fd, upper_fd = self._overlays.mount(request, name)
-            held.append(root_fd)
-            ours.append(upper_fd)
+            mounted = self._overlays.mount(request, name)
+            held.append(mounted.root)
+            ours += [mounted.view, mounted.upper]
             bind_fds = []
             for bind in request["binds"]:
                 attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
@@ -167,7 +169,7 @@ class Launcher:
             except OSError as error:
                 raise LauncherError(str(error), error.errno or 0, "userns") from error
             if pid == 0:
-                self._be_init(request, init_fd, go_read, root_fd, bind_fds)
+                self._be_init(request, init_fd, go_read, mounted.root, bind_fds)
             ours.append(pidfd)
             self._ids.write_maps(pid)
             limits.Cgroups.join(cgroup, pid)
@@ -183,7 +185,7 @@ class Launcher:
         finally:
             for fd in held:
                 os.close(fd)
-        self._boxes[self._count] = _Box(pid, pidfd, upper_fd, cgroup)
+        self._boxes[self._count] = _Box(pid, pidfd, mounted, request["base"], cgroup)
         oom = limits.oom_counter(cgroup)
         answer = {"box": self._count, "pid": pid, "oom": oom.removeprefix(HOST) if oom else None}
         return answer, [owner_end.detach()]
@@ -207,12 +209,15 @@ class Launcher:
             os._exit(1)
 
     def destroy(self, number: int, request: dict[str, Any]) -> None:
-        """Kill a sandbox; answered when its init has been reaped."""
+        """Kill a sandbox; answered when its init has been reaped. keep: what it wrote becomes a layer."""
         box = self._boxes.get(request["box"])
         if box is None:
+            if request.get("keep"):
+                raise LauncherError("the sandbox has ended", lacks="sandbox")
             self._answer(number, {})
             return
         box.waiting.append(number)
+        box.keep |= bool(request.get("keep"))
         self._kill(box)
 
     @staticmethod
@@ -222,22 +227,32 @@ class Launcher:
         except ProcessLookupError:
             pass
 
-    def export(self, number: int, request: dict[str, Any], fds: list[int]) -> None:
-        """Write a sandbox's upper as a tar into the descriptor that came along, in a child of ours."""
+    def compare(self, number: int, request: dict[str, Any], out: int) -> None:
+        """Write what a sandbox changed into a descriptor, in a child of ours: as a layer, or as a list of paths."""
         box = self._boxes.get(request["box"])
         if box is None:
-            raise LauncherError("the sandbox has ended")
+            raise LauncherError("the sandbox has ended", lacks="sandbox")
         pid = os.fork()
         if pid == 0:
             try:
                 signal.set_wakeup_fd(-1)
+                mounted = box.mounted
+                uppers = [mounted.upper]
+                for path in reversed(mounted.lowers[box.base :]):
+                    uppers.append(os.open(f"/{path}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+                base = self._overlays.base_view(mounted.lowers[: box.base])
                 os.chroot(HOST)  # where Python finds what the launcher itself does not need to load
-                from skyrl_minisandbox.sandbox.export import export_upper
+                from skyrl_minisandbox.sandbox.difference import Difference
 
-                export_upper(
-                    box.upper_fd, fds[0], prefix=request["prefix"], base=self._ids.base,
-                    max_bytes=request["max_bytes"], max_members=request["max_members"],
-                )
+                opaque = "trusted.overlay.opaque" if self._overlays.root_mode else "user.overlay.opaque"
+                difference = Difference(uppers, mounted.view, base, opaque)
+                if request["verb"] == "export":
+                    from skyrl_minisandbox.sandbox.export import export
+
+                    export(difference, out, request["prefix"], self._ids.base, request["max_bytes"],
+                           request["max_members"])
+                else:
+                    difference.write_list(out, request["limit"])
                 os._exit(0)
             except OSError as error:
                 os._exit(min(error.errno or errno.EIO, 255))
@@ -288,8 +303,11 @@ class Launcher:
                 self.destroy(number, message)
             elif verb == "owner_shift":
                 self._answer(number, {"shift": self._overlays.owner_shift(message["path"])})
-            elif verb == "export":
-                self.export(number, message, list(fds))
+            elif verb in ("export", "changes"):
+                self.compare(number, message, fds[0])
+            elif verb == "release":
+                self._overlays.release(message["layers"])
+                self._answer(number, {})
         except LauncherError as error:
             self._answer(number, {"error": str(error), "errno": error.number, "lacks": error.lacks})
         except OSError as error:
@@ -323,11 +341,17 @@ class Launcher:
 
     def _forget(self, key: int, box: _Box) -> None:
         os.close(box.pidfd)
-        os.close(box.upper_fd)
+        kept: dict[str, Any] = {}
+        if box.keep:
+            try:
+                kept = self._overlays.keep(box.mounted.upper, box.mounted.on_tmpfs)
+            except OSError as error:
+                kept = {"error": f"what it wrote could not be kept: {error}", "errno": error.errno or 0, "lacks": ""}
+        box.mounted.close()
         limits.Cgroups.remove(box.cgroup)
         del self._boxes[key]
         for number in box.waiting:
-            self._answer(number, {})
+            self._answer(number, kept)
 
     def close(self) -> None:
         """End every sandbox and wait for them, so that their cgroups can go."""

@@ -47,6 +47,11 @@ MOVE_MOUNT_F_EMPTY_PATH = 0x00000004
 # linux/fcntl.h
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+# linux/openat2.h
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
 
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
@@ -84,6 +89,7 @@ SYS_open_tree = 428
 SYS_move_mount = 429
 SYS_clone3 = 435
 SYS_close_range = 436
+SYS_openat2 = 437
 SYS_mount_setattr = 442
 SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 41)
 SYS_capset = {"x86_64": 126, "aarch64": 91}.get(platform.machine(), 91)
@@ -178,6 +184,17 @@ def close_range(first: int, last: int) -> None:
     if first <= last:
         _check(_libc.syscall(ctypes.c_long(SYS_close_range), ctypes.c_uint(first), ctypes.c_uint(last), 0),
                "close_range")
+
+
+def open_below(directory: int, path: str, flags: int) -> int:
+    """Open what lies below a directory, without following any link on the way or crossing a mount. Linux 5.6."""
+    # struct open_how: flags, mode, resolve
+    resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, resolve)
+    result = _libc.syscall(
+        ctypes.c_long(SYS_openat2), directory, os.fsencode(path) or b".", how, ctypes.c_size_t(len(how))
+    )
+    return _check(int(result), "openat2", path)
 
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> None:

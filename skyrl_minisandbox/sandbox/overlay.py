@@ -60,6 +60,26 @@ def map_base() -> int | None:
     return best
 
 
+@dataclasses.dataclass
+class Mounted:
+    """The overlay of one sandbox, as detached mounts.
+
+    root: for the sandbox, which puts its /proc and /dev on it. view: the same for us, without these. upper: what is
+    written. lowers: short paths of the layers, the lowest first.
+    """
+
+    root: int
+    view: int
+    upper: int
+    lowers: list[str]
+    on_tmpfs: bool
+
+    def close(self) -> None:
+        """Let go of all but the root, which is the sandbox's."""
+        os.close(self.view)
+        os.close(self.upper)
+
+
 class Overlays:
     """idmap_fd: a user namespace with the sandboxes' map, to id-map mounts by; -1 for a plain user.
     root_mode: whether the launcher is root on the machine, and not only in a namespace of its own.
@@ -68,6 +88,7 @@ class Overlays:
     def __init__(self, ids: Ids, idmap_fd: int, root_mode: bool) -> None:
         self.ids, self.idmap_fd, self.root_mode = ids, idmap_fd, root_mode
         self._lowers: dict[str, tuple[str, tuple[int, int]]] = {}  # path -> short path, device and inode
+        self._frozen: dict[int, str] = {}  # number -> short path
         self._mounted = 0
 
     def lower(self, path: str) -> str:
@@ -82,12 +103,9 @@ class Overlays:
                 # Removed and made anew meanwhile: what is mounted is the old one. The sandboxes that use it keep it.
                 linux.umount(f"/{known[0]}")
                 del self._lowers[path]
-            target = f"/l/{self._mounted}"
-            self._mounted += 1
             fd = self.tree(path, linux.MOUNT_ATTR_RDONLY)
             try:
-                os.mkdir(target)
-                linux.move_mount(fd, target)
+                target, _ = self._attach(fd)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -95,8 +113,58 @@ class Overlays:
             if error.errno == errno.ENOENT:
                 why += " (if it is there, its file system was mounted after this process started)"
             raise LauncherError(f"layer {path}: {why}", error.errno or 0) from error
-        self._lowers[path] = target[1:], identity
-        return target[1:]
+        self._lowers[path] = target, identity
+        return target
+
+    def _attach(self, fd: int) -> tuple[str, int]:
+        """Mount a detached tree below /l: (short path, its number)."""
+        number = self._mounted
+        self._mounted += 1
+        os.mkdir(f"/l/{number}")
+        linux.move_mount(fd, f"/l/{number}")
+        return f"l/{number}", number
+
+    def keep(self, upper_fd: int, on_tmpfs: bool) -> dict[str, int]:
+        """Make a layer of an upper whose sandbox has ended: its number, and the bytes and inodes that it takes."""
+        path, number = self._attach(upper_fd)
+        self._frozen[number] = path
+        used = os.statvfs(f"/{path}")
+        if not on_tmpfs:  # what is used there is the whole file system's
+            return {"layer": number, "bytes": 0, "inodes": 0}
+        return {
+            "layer": number, "bytes": (used.f_blocks - used.f_bfree) * used.f_frsize,
+            "inodes": used.f_files - used.f_ffree,
+        }
+
+    def release(self, numbers: list[int]) -> None:
+        """Drop layers that were kept. Sandboxes that use them still have them."""
+        for number in numbers:
+            path = self._frozen.pop(number, None)
+            if path is not None:
+                linux.umount(f"/{path}")
+                os.rmdir(f"/{path}")
+
+    def short_path(self, layer: str | int) -> str:
+        """Where a layer is mounted: one of a path, or one that was kept. Raises `LauncherError`."""
+        if isinstance(layer, str):
+            return self.lower(layer)
+        if layer not in self._frozen:
+            raise LauncherError(f"there is no frozen layer {layer}")
+        return self._frozen[layer]
+
+    def base_view(self, lowers: list[str]) -> int:
+        """A descriptor of the root that a sandbox's own layers (the lowest first) make, read-only.
+
+        Called in a child of the launcher: what it mounts goes with that.
+        """
+        path = f"/{lowers[0]}"
+        if len(lowers) > 1:
+            linux.unshare(linux.CLONE_NEWNS)
+            options = [f"lowerdir={':'.join(reversed(lowers))}"]
+            options.append("redirect_dir=off" if self.root_mode else "userxattr")
+            linux.mount("overlay", "/x", "overlay", linux.MS_RDONLY, ",".join(options))
+            path = "/x"
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def tree(self, path: str, attributes: int) -> int:
         """A detached, id-mapped copy of the host's mount at `path`."""
@@ -143,9 +211,9 @@ class Overlays:
                         linux.umount(path)
         return shift
 
-    def mount(self, request: dict[str, Any], name: str) -> tuple[int, int]:
-        """Mount the overlay: (detached mount, directory that holds upper and work)."""
-        lowers = [self.lower(path) for path in reversed(request["layers"])]
+    def mount(self, request: dict[str, Any], name: str) -> Mounted:
+        """Mount the overlay of a sandbox."""
+        lowers = [self.short_path(layer) for layer in reversed(request["layers"])]
         stage = f"/s/{name}"
         os.mkdir(stage)
         staged = mounted = False
@@ -167,7 +235,8 @@ class Overlays:
             options.append("redirect_dir=off" if self.root_mode else "userxattr")
             linux.mount("overlay", "/x", "overlay", flags, ",".join(options))
             mounted = True
-            return linux.open_tree("/x"), os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            root, view, upper = (linux.open_tree(path) for path in ("/x", "/x", f"{stage}/upper"))
+            return Mounted(root, view, upper, lowers[::-1], request["upper"] is None)
         except OSError as error:
             what = f"the upper directory {request['upper']}" if request["upper"] else "an upper on tmpfs"
             raise LauncherError(

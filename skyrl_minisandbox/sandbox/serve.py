@@ -14,13 +14,14 @@ import resource
 import select
 import signal
 import socket
-import stat
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from skyrl_minisandbox.sandbox import processes, wire
+from skyrl_minisandbox.sandbox import processes, tree, wire
 from skyrl_minisandbox.sandbox.bash import Bash
-from skyrl_minisandbox.sandbox.underway import Command, Writing
+from skyrl_minisandbox.sandbox.state import LARGEST_STATE, SHELL
+from skyrl_minisandbox.sandbox.underway import Command, Unpacking, Writing, read_file
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
 
 # How long a killed command may take to end before its result is given without it, seconds.
@@ -29,6 +30,7 @@ _GRACE = 5.0
 _FREEZE = 20.0
 _KILL_PAUSE = 0.05
 _STDIN_WINDOW = 1 << 20
+_OUT_WINDOW = 1 << 20
 # What a pipe can hold at a command's end (1 MiB at most without privilege) is 16 chunks; what a background
 # process goes on writing is not the command's.
 _LAST_ROUNDS = 17
@@ -58,7 +60,8 @@ class Server:
         self._by_output: dict[int, Command | None] = {}  # None: a shell's control pipe
         self._drains: set[int] = set()
         self._shells: dict[str, Bash] = {}
-        self._writing: dict[int, Writing] = {}  # request id -> file that DATA frames go into
+        self._writing: dict[int, Writing | Unpacking] = {}  # request id -> what DATA frames go into
+        self._reading: dict[int, Iterator[bytes]] = {}  # request id -> what goes out as fast as the owner takes it
         self._coming: dict[int, tuple[dict[str, Any], bytearray]] = {}  # long shell commands, in DATA frames
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -73,6 +76,7 @@ class Server:
                 if fd == self._sock.fileno():
                     if events & select.EPOLLOUT:
                         self._flush()
+                        self._pump()
                     if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not self._receive():
                         return
                 elif fd == self._wake_read:
@@ -113,9 +117,16 @@ class Server:
         elif kind == Ask.SHELL:
             self._shell(request, ask)
         elif kind == Ask.READ:
-            self._read(request, ask["path"], ask["limit"])
+            self._give(request, read_file(ask["path"], ask["limit"]))
+        elif kind == Ask.GET:
+            pieces = tree.pack(ask["path"], max_bytes=ask["max_bytes"], max_members=ask["max_members"])
+            self._give(request, tree.gathered(pieces, wire.CHUNK))
         elif kind == Ask.WRITE:
             self._writing[request] = Writing(ask["path"], ask["mode"])
+        elif kind == Ask.PUT:
+            self._writing[request] = Unpacking(ask["path"])
+        elif kind == Ask.HALT:
+            self._halt(request)
         elif kind == Ask.FREEZE:
             self._freeze(request)
         elif kind == Ask.INTERRUPT:
@@ -171,6 +182,7 @@ class Server:
             shell = self._shells[key] = Bash(
                 key, ask["env"], ask["cwd"], ask["user"], self._rlimits, self._score
             )
+            shell.restored, shell.exit_code = ask.get("restored", False), ask.get("code", 0)
         try:
             if not shell.pid:
                 shell.start()
@@ -212,6 +224,8 @@ class Server:
             if error is not None:
                 self._error(request, error)
             else:
+                for name in file.left_out if isinstance(file, Unpacking) else ():
+                    self._send(Answer.BYTES, request, os.fsencode(name))
                 self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
             return
         coming = self._coming.get(request)
@@ -232,21 +246,50 @@ class Server:
             command.stdin_ends = True
         self._feed(command)
 
-    def _read(self, request: int, path: str, limit: int) -> None:
-        # O_NONBLOCK: a FIFO where a file is expected must not hold init.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with open(fd, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", path)
-            size = 0
-            while chunk := file.read(wire.CHUNK):
-                size += len(chunk)
-                if size > limit:
-                    raise OSError(errno.EFBIG, f"larger than {limit} bytes", path)
-                self._send(Answer.BYTES, request, chunk)
+    def _give(self, request: int, pieces: Iterator[bytes]) -> None:
+        self._reading[request] = pieces
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send one piece of each stream, unless the owner is slow: then it goes on when the socket can take more."""
+        if len(self._outgoing) > _OUT_WINDOW:
+            return
+        for request, pieces in list(self._reading.items()):
+            try:
+                piece = next(pieces, None)
+            except OSError as error:
+                del self._reading[request]
+                self._error(request, error)
+                continue
+            except ValueError as error:  # a path with a NUL in it
+                del self._reading[request]
+                self._error(request, OSError(errno.EINVAL, str(error)))
+                continue
+            if piece is None:
+                del self._reading[request]
+                self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
+            else:
+                self._send(Answer.BYTES, request, piece)
+
+    def _halt(self, request: int) -> None:
+        """Kill every process, and tell which these were and what the shells hold."""
+        idle = {shell.pid for shell in self._shells.values()}
+        ended = processes.command_lines(idle | {os.getpid()}, wire.MOST_ENDED)
+        self._kill_everything()
+        for line in ended:
+            self._send(Answer.ENDED, request, line)
+        for key, shell in self._shells.items():
+            text = shell.saved(LARGEST_STATE)
+            cwd = os.fsencode(shell.cwd)
+            header = SHELL.pack(len(key), shell.exit_code, len(cwd))
+            self._send(Answer.SHELL, request, header + key.encode() + cwd + text)
         self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
 
     def _freeze(self, request: int) -> None:
+        self._kill_everything()
+        self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
+
+    def _kill_everything(self) -> None:
         """Kill every process but ourselves and wait until the last is gone."""
         deadline = time.monotonic() + _FREEZE
         while time.monotonic() < deadline:
@@ -258,7 +301,6 @@ class Server:
         self._reap()
         if any(name.isdigit() and name != "1" for name in os.listdir("/proc")):
             raise OSError(errno.EBUSY, "processes inside did not end")
-        self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
 
     # What happens inside
 
@@ -321,7 +363,8 @@ class Server:
     def _throttle(self) -> None:
         """Stop reading the owner's socket while a command is slow in taking its input."""
         waiting = any(len(command.pending) > _STDIN_WINDOW for command in self._commands.values())
-        events = (0 if waiting else select.EPOLLIN) | (select.EPOLLOUT if self._outgoing else 0)
+        more = self._outgoing or self._reading
+        events = (0 if waiting else select.EPOLLIN) | (select.EPOLLOUT if more else 0)
         self._poll.modify(self._sock.fileno(), events)
 
     def _drain(self, fd: int) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skyrl_minisandbox.sandbox.state import FrozenLayer
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -19,6 +23,7 @@ class Limits:
     processes: processes and threads in the whole sandbox (pids cgroup and RLIMIT_NPROC).
     disk: bytes that may be written to the root file system; below `memory` when the upper is tmpfs, so that a
         full disk does not look like an out-of-memory kill.
+    inodes: files, directories and links that may be written to the root file system.
     open_files: RLIMIT_NOFILE of each process.
     output: bytes of output kept per command and stream; beyond it head and tail are kept, and
         `truncated` is told.
@@ -27,6 +32,7 @@ class Limits:
     memory: int = 4 * GIB
     processes: int = 1024
     disk: int = 2 * GIB
+    inodes: int = 500_000
     open_files: int = 16384
     output: int = 2 * MIB
 
@@ -47,7 +53,7 @@ class Bind:
 class SandboxSpec:
     """One sandbox.
 
-    layers: read-only trees, the lowest first.
+    layers: read-only trees, the lowest first; those of a `Snapshot` too.
     binds: host paths to bind over the root, in order.
     keep: paths of the root file system that stay visible (and writable) where a bind covers them,
         such as `/usr/local` below a bound `/usr`.
@@ -61,7 +67,7 @@ class SandboxSpec:
     allow_degraded: names of protections that may be missing; one missing and not named is an error.
     """
 
-    layers: tuple[Path, ...]
+    layers: tuple[Path | FrozenLayer, ...]
     binds: tuple[Bind, ...] = ()
     keep: tuple[str, ...] = ()
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)

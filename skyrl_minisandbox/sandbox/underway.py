@@ -6,8 +6,9 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Iterator
 
-from skyrl_minisandbox.sandbox import processes
+from skyrl_minisandbox.sandbox import processes, tree, wire
 from skyrl_minisandbox.sandbox.bash import Bash
 
 
@@ -59,3 +60,51 @@ class Writing:
         if self._fd >= 0:
             os.close(self._fd)
         return self._error
+
+
+class Unpacking:
+    """A tree that DATA frames bring. What fails is told when all data has come, so that the stream stays in step."""
+
+    def __init__(self, path: str) -> None:
+        self._error: OSError | None = None
+        # What the owner sends is not to be bounded here: the disk is.
+        self._unpacker = tree.Unpacker(path, max_bytes=1 << 62, max_members=1 << 62)
+
+    def add(self, data: bytes) -> None:
+        if self._error is None:
+            try:
+                self._unpacker.feed(data)
+            except OSError as error:
+                self._error = error
+            except tree.BadStream as error:
+                self._error = OSError(errno.EINVAL, str(error))
+
+    def finish(self) -> OSError | None:
+        try:
+            if self._error is None:
+                self._unpacker.finish()
+        except OSError as error:
+            self._error = error
+        except tree.BadStream as error:
+            self._error = OSError(errno.EINVAL, str(error))
+        finally:
+            self._unpacker.close()
+        return self._error
+
+    @property
+    def left_out(self) -> list[str]:
+        return self._unpacker.left_out
+
+
+def read_file(path: str, limit: int) -> Iterator[bytes]:
+    """A file in pieces. Raises `OSError`: EINVAL for what is no file, EFBIG beyond `limit` bytes."""
+    # O_NONBLOCK: a FIFO where a file is expected must not hold init.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(fd, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        while chunk := file.read(wire.CHUNK):
+            limit -= len(chunk)
+            if limit < 0:
+                raise OSError(errno.EFBIG, "larger than was asked for", path)
+            yield chunk

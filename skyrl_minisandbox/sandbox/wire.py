@@ -26,6 +26,9 @@ class Ask(enum.IntEnum):
     WRITE = 5  # JSON: path, mode; DATA frames follow
     FREEZE = 6  # kill every process but init
     INTERRUPT = 7  # the same at any time and without an answer: a command under way has its own
+    HALT = 8  # kill every process but init, and tell what the shells hold: SHELL and ENDED frames, DONE
+    GET = 9  # JSON: path, max_bytes, max_members; answered by a stream of tree.py in BYTES frames
+    PUT = 10  # JSON: path; such a stream follows as DATA; answered by BYTES frames, a name that was left out each
 
 
 class Answer(enum.IntEnum):
@@ -38,11 +41,15 @@ class Answer(enum.IntEnum):
     DONE = 68  # DONE struct, then a notice as UTF-8
     BYTES = 69  # bytes of a file
     ERROR = 70  # errno (i32), then a message as UTF-8
+    SHELL = 71  # what a shell goes on with, see state.py
+    ENDED = 72  # the command line of a process that was ended
 
 
 # exit code, flags, seconds
 DONE = struct.Struct("!iBd")
 ERRNO = struct.Struct("!i")
+
+MOST_ENDED = 100  # command lines of ended processes that are told
 
 TIMED_OUT = 1
 TRUNCATED = 2

@@ -80,7 +80,7 @@ def test_export_tells_changes_removals_links_and_owners(sandbox: Sandbox) -> Non
     )
     found = exported(sandbox, "testbed")
     assert set(found) == {
-        "testbed/lower.txt", "testbed/src", "testbed/src/.wh..wh..opq", "testbed/src/new", "testbed/link",
+        "testbed/lower.txt", "testbed/src", "testbed/src/.wh.module.py", "testbed/src/new", "testbed/link",
         "testbed/hard", "testbed/fifo", "testbed/name with space",
     }
     assert found["testbed/link"].linkname == "/etc/passwd" and found["testbed/link"].issym()
@@ -96,7 +96,7 @@ def test_export_tells_a_removed_file_and_a_removed_prefix(open_sandbox: Callable
     sandbox.run("cd /; rm -rf /testbed")
     assert set(exported(sandbox, "testbed")) == {".wh.testbed"}
     sandbox.run("mkdir /testbed; touch /testbed/only", cwd="/")
-    assert set(exported(sandbox, "testbed")) == {"testbed/.wh..wh..opq", "testbed/only"}
+    assert set(exported(sandbox, "testbed")) == {"testbed/.wh.lower.txt", "testbed/.wh.src", "testbed/only"}
 
 
 def test_export_ends_what_runs_first(sandbox: Sandbox) -> None:

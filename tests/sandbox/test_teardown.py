@@ -180,7 +180,7 @@ def test_everybody_who_ends_a_sandbox_is_answered(spec: SandboxSpec) -> None:
     sandbox = Sandbox(spec)
     sandbox.run("for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done")
     threads = [
-        threading.Thread(target=lambda: sandbox._launcher.ask("destroy", box=sandbox._box), daemon=True)
+        threading.Thread(target=lambda: sandbox._launcher.ask("destroy", box=sandbox._box.number), daemon=True)
         for _ in range(8)
     ]
     for thread in threads:

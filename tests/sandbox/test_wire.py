@@ -17,8 +17,8 @@ def forged(spec: SandboxSpec, *frames: bytes, close: bool = True) -> Sandbox:
     """A real sandbox whose socket is taken over by a stand-in that sends `frames`."""
     sandbox = Sandbox(spec)
     ours, theirs = socket.socketpair()
-    sandbox._sock.close()
-    sandbox._sock = ours
+    sandbox._box._sock.close()
+    sandbox._box._sock = ours
     for frame in frames:
         theirs.sendall(frame)
     if close:
@@ -57,8 +57,8 @@ def test_output_without_end_is_cut_off(spec: SandboxSpec) -> None:
     frames = [wire.frame(Answer.STDOUT, 1, b"x" * wire.MAX_PAYLOAD)]
     evil = Sandbox(spec)
     ours, theirs = socket.socketpair()
-    evil._sock.close()
-    evil._sock = ours
+    evil._box._sock.close()
+    evil._box._sock = ours
     pid = os.fork()
     if pid == 0:
         try:

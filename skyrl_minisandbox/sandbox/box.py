@@ -1,0 +1,224 @@
+"""One init and its owner's end of the socket: requests go in, answers are checked as the hostile bytes that they are.
+
+A `Sandbox` has one box at a time; `reset`, `snapshot` and `fork` give it another.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import socket
+import threading
+import time
+from typing import IO, Any, NoReturn
+
+from skyrl_minisandbox.errors import SandboxError, SandboxGone
+from skyrl_minisandbox.sandbox import client, limits, wire
+from skyrl_minisandbox.sandbox.spec import CommandResult
+from skyrl_minisandbox.sandbox.wire import Answer, Ask
+
+# How long setting up may take on a loaded machine, and how much longer than its own deadline a command's result
+# may take before init counts as dead. Seconds.
+READY_TIMEOUT = 60.0
+ANSWER_SLACK = 30.0
+
+
+class TooLong(SandboxError):
+    """A request that does not fit a frame; nothing of it was sent."""
+
+
+class Box:
+    """Made when the constructor returns, usable after `ready`. The caller serialises requests; `interrupt` and `close`
+    may come from any thread at any time.
+
+    request: the launcher's `create`. output: bytes a stream of one command may have.
+    """
+
+    def __init__(self, launcher: client.LauncherClient, request: dict[str, Any], output: int) -> None:
+        self._launcher = launcher
+        self._output = output
+        self._closed = threading.Event()
+        self._close_lock = threading.Lock()
+        self._send_lock = threading.Lock()  # one frame at a time: `interrupt` comes in between
+        self._requests = 0
+        self._frames: list[tuple[int, int, bytes]] = []
+        self._reader = wire.FrameReader()
+        answer, fds = launcher.ask("create", **request)
+        self.number: int = answer["box"]
+        self.pid: int = answer["pid"]  # of init, as the host sees it
+        self._oom_path: str | None = answer["oom"]
+        self._oom_kills = limits.read_oom_kills(self._oom_path) if self._oom_path else -1
+        self._sock = socket.socket(fileno=fds[0])
+
+    def ready(self) -> tuple[str, ...]:
+        """Wait until init has verified what was asked for: the protections that are missing, of those that may be.
+
+        Raises `SandboxError` or `MachineError` when it could not be set up; the caller closes.
+        """
+        kind, _, payload = self._next(time.monotonic() + READY_TIMEOUT)
+        if kind == Answer.READY:
+            return tuple(name for name in payload[:200].decode(errors="replace").split(",") if name)
+        if kind == Answer.FAILED and len(payload) >= wire.ERRNO.size:
+            (number,) = wire.ERRNO.unpack_from(payload)
+            text = payload[wire.ERRNO.size :].decode(errors="replace")
+            if text.startswith("proc at /proc") and number == errno.EPERM:
+                raise client.explain("a private /proc is forbidden here, as a path below /proc is masked", 1, "proc")
+            raise SandboxError(f"the sandbox could not be set up: {text}", hint="run `minisandbox doctor`")
+        raise SandboxError("the sandbox's init answered something else than being ready")
+
+    # Asking
+
+    def send(self, kind: Ask, ask: dict[str, Any]) -> int:
+        """Send a request; its number. Raises `TooLong` and `SandboxGone`."""
+        payload = json.dumps(ask, ensure_ascii=True).encode()
+        if len(payload) > wire.MAX_PAYLOAD:
+            raise TooLong(f"a request of {len(payload)} bytes; command and environment take {wire.MAX_PAYLOAD}")
+        self._requests += 1
+        self._raw_send(wire.frame(kind, self._requests, payload))
+        return self._requests
+
+    def send_data(self, request: int, data: bytes | IO[bytes]) -> None:
+        """Send what a request reads: standard input, or a file."""
+        if isinstance(data, bytes | bytearray | memoryview):
+            for start in range(0, len(data), wire.CHUNK):
+                self._raw_send(wire.frame(Ask.DATA, request, bytes(data[start : start + wire.CHUNK])))
+        else:
+            while chunk := data.read(wire.CHUNK):
+                self._raw_send(wire.frame(Ask.DATA, request, chunk))
+        self._raw_send(wire.frame(Ask.DATA, request))
+
+    def send_piece(self, request: int, data: bytes) -> None:
+        """One piece of what a request reads, at most `wire.MAX_PAYLOAD`; empty for the end."""
+        self._raw_send(wire.frame(Ask.DATA, request, data))
+
+    def interrupt(self) -> None:
+        try:
+            self._raw_send(wire.frame(Ask.INTERRUPT, 0))
+        except SandboxGone:
+            pass
+
+    def _raw_send(self, data: bytes) -> None:
+        if self._closed.is_set():
+            raise SandboxGone("the sandbox is closed")
+        try:
+            with self._send_lock:
+                self._sock.sendall(data)
+        except OSError as error:
+            raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
+
+    # Answers
+
+    def result(self, request: int, timeout: float | None) -> CommandResult:
+        """What a command did. timeout: its own, in seconds."""
+        deadline = time.monotonic() + timeout + ANSWER_SLACK if timeout is not None else None
+        streams: dict[int, bytearray] = {Answer.STDOUT: bytearray(), Answer.STDERR: bytearray()}
+        merged = bytearray()
+        bound = 2 * self._output + wire.MAX_PAYLOAD
+        while True:
+            kind, payload = self.answer(request, deadline)
+            if kind in streams:
+                streams[kind] += payload
+                merged += payload
+                if len(streams[kind]) > bound:
+                    self.broken("it sent more output than its limit")
+            elif kind == Answer.DONE and len(payload) >= wire.DONE.size:
+                break
+            else:
+                self.broken("it answered a command with something else")
+        code, flags, seconds = wire.DONE.unpack_from(payload)
+        return CommandResult(
+            stdout=bytes(streams[Answer.STDOUT]), stderr=bytes(streams[Answer.STDERR]), exit_code=code,
+            timed_out=bool(flags & wire.TIMED_OUT), truncated=bool(flags & wire.TRUNCATED),
+            disk_full=bool(flags & wire.DISK_FULL), oom_killed=self._oom_happened(), seconds=seconds,
+            merged=bytes(merged), notice=payload[wire.DONE.size :].decode(errors="replace"),
+        )
+
+    def _oom_happened(self) -> bool:
+        if self._oom_path is None:
+            return False
+        before, self._oom_kills = self._oom_kills, limits.read_oom_kills(self._oom_path)
+        return self._oom_kills > before >= 0
+
+    def done(self, request: int, path: str) -> None:
+        """Wait for a request's plain end. Raises `OSError` as the inside has it."""
+        kind, payload = self.answer(request)
+        if kind != Answer.DONE:
+            raise self.os_error(kind, payload, path)
+
+    def answer(self, request: int, deadline: float | None = -1.0) -> tuple[int, bytes]:
+        """The next frame of a request: (type, payload). deadline: of time.monotonic(); None waits for ever; the usual
+        slack by default."""
+        if deadline == -1.0:
+            deadline = time.monotonic() + ANSWER_SLACK
+        kind, number, payload = self._next(deadline)
+        if number != request:
+            self.broken(f"it answered request {number}, asked was {request}")
+        return kind, payload
+
+    def _next(self, deadline: float | None) -> tuple[int, int, bytes]:
+        """The next frame. Raises `SandboxGone` when there will be none."""
+        while not self._frames:
+            # The socket itself blocks, for senders on other threads; waiting with a deadline is poll's.
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            if not poll.poll(None if deadline is None else max(deadline - time.monotonic(), 0) * 1000):
+                self.broken("it did not answer in time")
+            try:
+                data = self._sock.recv(1 << 18)
+            except OSError as error:
+                raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
+            if not data:
+                closed = self._closed.is_set()
+                raise SandboxGone("the sandbox was closed" if closed else "the sandbox has ended: its init is gone")
+            try:
+                self._frames = self._reader.feed(data)
+            except wire.ProtocolError as error:
+                self.broken(str(error))
+        return self._frames.pop(0)
+
+    def broken(self, why: str) -> NoReturn:
+        """What comes from inside is not what init sends: end this sandbox, and only this one."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+            self._launcher.ask("destroy", box=self.number)
+        except (OSError, SandboxError):
+            pass
+        raise SandboxGone(f"the sandbox was ended: {why}")
+
+    def os_error(self, kind: int, payload: bytes, path: str) -> OSError:
+        """The error that init told for a path. Raises `SandboxGone` when it told something else."""
+        if kind != Answer.ERROR or len(payload) < wire.ERRNO.size:
+            self.broken("it answered with something else")
+        (number,) = wire.ERRNO.unpack_from(payload)
+        return OSError(number, payload[wire.ERRNO.size :].decode(errors="replace") or os.strerror(number), path)
+
+    # The end
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def close(self, *, keep: bool = False) -> dict[str, Any]:
+        """Kill everything inside; returns when it is gone. Idempotent, from any thread: whoever waits for an answer
+        gets `SandboxGone`. keep: what was written becomes a layer; the answer tells which (`layer`, `bytes`, `inodes`).
+        """
+        with self._close_lock:
+            if self._closed.is_set():
+                return {}
+            self._closed.set()
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for an answer
+            except OSError:
+                pass
+            try:
+                return self._launcher.ask("destroy", box=self.number, keep=keep)[0]
+            except SandboxError:
+                if keep:
+                    raise
+                return {}  # the launcher is gone, and every sandbox with it
+
+    def hang_up(self) -> None:
+        """Give back the socket, when nobody reads from it any more: init sees its owner's end close, and ends."""
+        self._sock.close()
