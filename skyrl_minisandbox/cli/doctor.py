@@ -1,17 +1,23 @@
-"""`minisandbox doctor`: what works on this machine, what the lack of it costs, and what mends it."""
+"""`minisandbox doctor`: what works on this machine, what the lack of it costs, and what mends it.
+
+With `--sandbox`: whether a sandbox made here keeps its promises, tried from inside.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import sys
 import textwrap
 from importlib import metadata
 from pathlib import Path
 
 from skyrl_minisandbox.cli.main import Request
-from skyrl_minisandbox.cli.output import print_json
+from skyrl_minisandbox.cli.output import print_json, print_table
 from skyrl_minisandbox.cli.settings import Settings, load_settings
 from skyrl_minisandbox.errors import MachineError, MiniSandboxError
 from skyrl_minisandbox.sandbox.features import Feature, features
+from skyrl_minisandbox.sandbox.self_check import VERDICTS, Finding, self_check
 
 EXTRAS = (
     ("extra-mini", "mini-swe-agent", "scaffold=mini cannot be used", 'pip install "skyrl-minisandbox[mini]"'),
@@ -24,6 +30,8 @@ EXTRAS = (
 def run(request: Request) -> int:
     """Print every check. Raises `MachineError` (exit 3) when one that nothing runs without fails."""
     settings = load_settings(request.overrides)
+    if "--sandbox" in request.options:
+        return check_sandbox(settings, request.json)
     found = [*features(), cache_disk(settings), *extras()]
     if request.json:
         print_json([dataclasses.asdict(feature) for feature in found])
@@ -37,6 +45,38 @@ def run(request: Request) -> int:
             hint=next((feature.fix for feature in broken if feature.fix), ""),
         )
     return 0
+
+
+def check_sandbox(settings: Settings, as_json: bool) -> int:
+    """Print every promise with its verdict. 0: all hold, or are weak as the table says; 1: one is broken.
+
+    Raises `MachineError` (exit 3) where no sandbox can be made.
+    """
+    findings = self_check(
+        allow_degraded=tuple(settings.env.sandbox.allow_degraded),
+        say=lambda name: print(f"trying {name} …", file=sys.stderr, flush=True),
+    )
+    if as_json:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    else:
+        print_findings(findings)
+    broken = [finding.name for finding in findings if finding.broken]
+    if broken:
+        print(f"broken: {', '.join(broken)}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """A table, then below it what stands behind each verdict that is not OK, and a line that counts them."""
+    print_table(("verdict", "name", "promise"), [(each.verdict, each.name, each.promise) for each in findings])
+    print()
+    for each in findings:
+        said = (("", each.detail), ("accepted: ", each.accepted), ("fix: ", each.fix)) if each.verdict != "OK" else ()
+        for number, (label, text) in enumerate((label, text) for label, text in said if text):
+            head = f"{each.verdict:7}  {each.name}: " if number == 0 else " " * 9
+            print("\n".join(textwrap.wrap(f"{head}{label}{text}", 100, subsequent_indent=" " * 9)))
+    counts = collections.Counter(each.verdict for each in findings)
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]))
 
 
 def lines(feature: Feature) -> list[str]:

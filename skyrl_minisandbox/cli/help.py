@@ -41,11 +41,12 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 def short_help(name: str, verb: Verb) -> str:
     """`minisandbox VERB -h`."""
     word = f" {'|'.join(verb.words)}" if verb.words else ""
-    own = "".join(f" {key}=…" for key in verb.keys)
+    own = "".join(f" {key}=…" for key in verb.keys) + "".join(f" [{option}]" for option in verb.options)
     lines = [f"usage: minisandbox {name}{word}{own}{' [--json]' if verb.json else ''} [group=choice key=value …]"]
     lines += ["", verb.summary, ""]
-    if verb.keys:
+    if verb.keys or verb.options:
         lines += _columns([(f"{key}=…", sentence) for key, sentence in verb.keys.items()])
+        lines += _columns(list(verb.options.items()))
     lines += _columns(COMMON)
     lines += ["", f"`minisandbox {name} --help` prints every key with its default."]
     return "\n".join(lines)

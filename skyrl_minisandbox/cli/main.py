@@ -20,17 +20,22 @@ class Verb(NamedTuple):
 
     summary: one line for `minisandbox -h`. words: the sub-verbs, if it has any.
     keys: keys that only this verb knows, with a sentence each; all others are the configuration's.
-    json: it prints data, and knows `--json`.
+    json: it prints data, and knows `--json`. options: further ones, with a sentence each.
     """
 
     summary: str
     words: tuple[str, ...] = ()
     keys: Mapping[str, str] = {}
     json: bool = False
+    options: Mapping[str, str] = {}
 
 
 VERBS: dict[str, Verb] = {
-    "doctor": Verb("what works on this machine, and what mends what does not", json=True),
+    "doctor": Verb(
+        "what works on this machine, and what mends what does not",
+        json=True,
+        options={"--sandbox": "try to break out of a sandbox in every way that we know"},
+    ),
     "tasks": Verb(
         "the tasks of a dataset",
         words=("list", "show"),
@@ -60,7 +65,7 @@ VERBS: dict[str, Verb] = {
 class Request(NamedTuple):
     """A command line, taken apart.
 
-    word: the sub-verb, or "". own: the verb's own keys. overrides: the configuration's.
+    word: the sub-verb, or "". own: the verb's own keys. overrides: the configuration's. options: those given.
     """
 
     verb: str
@@ -68,6 +73,7 @@ class Request(NamedTuple):
     own: Mapping[str, str]
     overrides: tuple[str, ...]
     json: bool
+    options: frozenset[str] = frozenset()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,20 +136,21 @@ def read(name: str, arguments: Sequence[str]) -> Request:
                 hint=f"minisandbox {name} {verb.words[0]}",
             )
         word = rest.pop(0)
+    known = (*verb.options, *(["--json"] if verb.json else []))
     own: dict[str, str] = {}
     overrides = []
     for one in rest:
         key, equals, value = one.partition("=")
-        if one == "--json" and verb.json:
+        if one in known:
             continue
         if one.startswith("-"):
-            known = "--json, -h, --help" if verb.json else "-h, --help"
-            raise InputError(f"minisandbox {name}: unknown option `{one}`", hint=f"options: {known}")
+            hint = f"options: {', '.join((*known, '-h', '--help'))}"
+            raise InputError(f"minisandbox {name}: unknown option `{one}`", hint=hint)
         if equals and key in verb.keys:
             own[key] = value
         else:
             overrides.append(one)
-    return Request(name, word, own, tuple(overrides), "--json" in rest)
+    return Request(name, word, own, tuple(overrides), "--json" in rest, frozenset(rest) & set(verb.options))
 
 
 def _end_on_signals() -> None:

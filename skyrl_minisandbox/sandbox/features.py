@@ -97,20 +97,39 @@ def _facts(launcher: client.LauncherClient) -> list[Feature]:
     ]
 
 
+def machine_spec(layer: Path, scratch: Path) -> tuple[SandboxSpec, tuple[str, ...]]:
+    """A sandbox over the machine's /usr, and the Python interpreters that may run in it, the best first.
+
+    layer: an empty directory, filled with what else a root file system must have. The running interpreter's prefix is
+    bound at its own path, where it is not below /usr. scratch: for an upper on disk, where that is needed.
+    """
+    for name in ("usr", "etc", "root", "var", "opt"):
+        (layer / name).mkdir(mode=0o755)
+    (layer / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/bash\nuser:x:1000:1000::/tmp:/bin/bash\n")
+    (layer / "etc/group").write_text("root:x:0:\nuser:x:1000:\n")
+    binds = [Bind("/usr", "/usr")]
+    for name in ("bin", "sbin", "lib", "lib64"):
+        if os.path.islink(f"/{name}"):
+            (layer / name).symlink_to(f"usr/{name}")
+        elif os.path.isdir(f"/{name}"):
+            binds.append(Bind(f"/{name}", f"/{name}"))
+    python, prefix = os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)
+    if python.startswith(f"{prefix}/") and not f"{prefix}/".startswith("/usr/"):
+        binds.append(Bind(prefix, prefix))
+    for path in [*(layer / "etc").iterdir(), layer, *(each for each in layer.iterdir() if not each.is_symlink())]:
+        path.chmod(0o755)  # whatever the umask is: a user inside reads them too
+    spec = SandboxSpec((layer,), tuple(binds), env=client._launcher_env(), scratch=scratch)
+    return spec, (python, "/usr/bin/python3", "/usr/local/bin/python3")
+
+
 def _sandbox(launcher: client.LauncherClient) -> Feature:
     """Make a sandbox over an empty layer with the machine's /usr, and run something in it."""
     with tempfile.TemporaryDirectory(prefix="minisandbox-doctor-") as directory:
-        layer = Path(directory)
-        (layer / "usr").mkdir()
-        for name in ("bin", "lib", "lib64"):
-            if os.path.islink(f"/{name}"):
-                (layer / name).symlink_to(f"usr/{name}")
-        binds = [Bind("/usr", "/usr")]
-        binds += [Bind(f"/{name}", f"/{name}") for name in ("bin", "lib", "lib64")
-                  if os.path.isdir(f"/{name}") and not os.path.islink(f"/{name}")]
-        layer.chmod(0o755)
+        layer = Path(directory, "layer")
+        layer.mkdir()
+        spec, _ = machine_spec(layer, Path(directory, "scratch"))
         try:
-            with Sandbox(SandboxSpec((layer,), tuple(binds)), launcher) as sandbox:
+            with Sandbox(spec, launcher) as sandbox:
                 result = sandbox.run(["sh", "-c", "echo alive"], timeout=30)
         except MiniSandboxError as error:
             return Feature("sandbox", False, True, error.message, "nothing can run here", error.hint)
