@@ -14,7 +14,7 @@ import signal
 import socket
 from typing import Any
 
-from skyrl_minisandbox.sandbox import linux, mounts, seccomp, wire
+from skyrl_minisandbox.sandbox import limits, linux, mounts, seccomp, wire
 from skyrl_minisandbox.sandbox.processes import OomScore
 from skyrl_minisandbox.sandbox.serve import Server
 from skyrl_minisandbox.sandbox.wire import Answer
@@ -66,6 +66,7 @@ def _set_up(request: dict[str, Any], root_fd: int, bind_fds: list[int]) -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     os.umask(0o022)
+    _step("cgroup", lambda: limits.join(request["entries"]))
     _step("root of the user namespace", _become_root)
     linux.prctl(linux.PR_SET_DUMPABLE, 0)
     _step("lifeline to the launcher", lambda: linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL))
@@ -78,7 +79,7 @@ def _set_up(request: dict[str, Any], root_fd: int, bind_fds: list[int]) -> None:
     _step("private mounts", lambda: linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE))
     for step in mounts.root_steps(request, root_fd, bind_fds):
         _step(step.describe, step.execute)
-    _step("core size", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)))
+    _step("core size", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, request["limits"]["core"])))
     if not request["pids_cgroup"]:
         processes_limit = request["limits"]["processes"]
         _step("process limit", lambda: resource.setrlimit(resource.RLIMIT_NPROC, (processes_limit,) * 2))

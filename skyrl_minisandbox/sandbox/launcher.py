@@ -34,7 +34,7 @@ CONTROL_FD = 3
 class _Box:
     """One sandbox, as the launcher knows it."""
 
-    def __init__(self, pid: int, pidfd: int, mounted: Mounted, base: int, cgroup: list[str]) -> None:
+    def __init__(self, pid: int, pidfd: int, mounted: Mounted, base: int, cgroup: limits.Cgroup) -> None:
         self.pid, self.pidfd, self.mounted, self.cgroup = pid, pidfd, mounted, cgroup
         self.base = base  # how many of its layers are the image's; those above were frozen
         self.waiting: list[int] = []  # requests that wait for its end
@@ -134,7 +134,7 @@ class Launcher:
         name = str(self._count)
         held: list[int] = []  # closed at the end
         ours: list[int] = []  # closed when it fails
-        cgroup: list[str] = []
+        cgroup = limits.Cgroup()
         owner_end, init_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         go_read, go_write = os.pipe2(os.O_CLOEXEC)
         held += [go_read, go_write, init_end.detach()]
@@ -155,30 +155,30 @@ class Launcher:
                 held.append(fd)
                 bind_fds.append(fd)
             if self._cgroups is not None:
-                cgroup = self._cgroups.create(name, request["limits"]["memory"], request["limits"]["processes"])
+                cgroup = self._cgroups.create(name, request["limits"])
             request.update(
                 single_id=self._ids.base is None, cgroup=bool(cgroup), memory_cgroup=self.facts["memory_cgroup"],
-                pids_cgroup=self.facts["pids_cgroup"],
+                pids_cgroup=self.facts["pids_cgroup"], entries=cgroup.entries,
             )
             flags = (linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWIPC
                      | linux.CLONE_NEWUTS)
             if request["network"] == "none":
                 flags |= linux.CLONE_NEWNET
             try:
-                pid, pidfd = linux.clone3(flags)
+                pid, pidfd = linux.clone3(flags, cgroup.into)
             except OSError as error:
                 raise LauncherError(str(error), error.errno or 0, "userns") from error
             if pid == 0:
                 self._be_init(request, init_fd, go_read, mounted.root, bind_fds)
             ours.append(pidfd)
             self._ids.write_maps(pid)
-            limits.Cgroups.join(cgroup, pid)
+            cgroup.close()
             os.write(go_write, b"g")
         except BaseException as error:
             owner_end.close()
             for fd in ours:
                 os.close(fd)
-            limits.Cgroups.remove(cgroup)
+            cgroup.remove()
             if isinstance(error, OSError):
                 raise LauncherError(str(error), error.errno or 0) from error
             raise
@@ -186,15 +186,14 @@ class Launcher:
             for fd in held:
                 os.close(fd)
         self._boxes[self._count] = _Box(pid, pidfd, mounted, request["base"], cgroup)
-        oom = limits.oom_counter(cgroup)
-        answer = {"box": self._count, "pid": pid, "oom": oom.removeprefix(HOST) if oom else None}
+        answer = {"box": self._count, "pid": pid, "oom": cgroup.oom_counter.removeprefix(HOST) or None}
         return answer, [owner_end.detach()]
 
     def _be_init(self, request: dict[str, Any], sock_fd: int, go: int, root_fd: int, bind_fds: list[int]) -> None:
         """In the child: keep only what init needs, wait until the maps are written, go on as init. Never returns."""
         try:
             signal.set_wakeup_fd(-1)
-            keep = sorted({0, 1, 2, sock_fd, go, root_fd, *bind_fds})
+            keep = sorted({0, 1, 2, sock_fd, go, root_fd, *bind_fds, *request["entries"]})
             for low, high in zip(keep, [*keep[1:], 1 << 32], strict=True):
                 linux.close_range(low + 1, high - 1)
             null = os.open(f"{HOST}/dev/null", os.O_RDWR)
@@ -348,7 +347,7 @@ class Launcher:
             except OSError as error:
                 kept = {"error": f"what it wrote could not be kept: {error}", "errno": error.errno or 0, "lacks": ""}
         box.mounted.close()
-        limits.Cgroups.remove(box.cgroup)
+        box.cgroup.remove()
         del self._boxes[key]
         for number in box.waiting:
             self._answer(number, kept)

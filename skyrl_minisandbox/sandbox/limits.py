@@ -1,172 +1,166 @@
-"""Memory and process limits of a sandbox by cgroup, v2 or v1; where neither can be had, rlimits stand in.
+"""Limits of a sandbox by cgroup, v2 or v1; where neither can be had, rlimits stand in.
 
 One directory a launcher, one below it a sandbox:
 
-    <cgroup mount>/<our own cgroup>/minisandbox-<pid>-<start time>/<sandbox>
+    <cgroup mount>/<where we may>/minisandbox-<pid>-<start time>/<sandbox>
 
 The name holds the launcher's identity, so that the next launcher can tell a directory whose owner died (by kill -9, or
-because the machine's supervisor ended it) from a living one, and remove it. Existing cgroups are left alone.
+because the machine's supervisor ended it) from a living one, and remove it. Existing cgroups are left alone: no process
+but a sandbox's is ever moved, and no limit that was set on us is left behind. `cgroup_places.py` finds the places.
+
+A sandbox's init comes in without the kernel's global lock for moving a process, which a write of its number to
+`cgroup.procs` takes (a grace period of RCU each when the machine is quiet): on v2 clone3 makes it there
+(CLONE_INTO_CGROUP, Linux 5.7), on v1 it writes 0 to `tasks`, which moves the writing thread alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
-_NAME = re.compile(r"minisandbox-(\d+)-(\d+)$")
+from skyrl_minisandbox.sandbox.cgroup_places import NoCgroup, Place, find_places, own_name, remove
+
+__all__ = ["Cgroup", "Cgroups", "NoCgroup", "join", "read_oom_kills"]
+
+# cpu.shares of v1 have 1024 as their default and 2 to 262144 as their range (kernel/sched/sched.h); cpu.weight of v2
+# has 100, and 1 to 10000. Both are relative to their siblings, so equal defaults have to stay equal.
+_DEFAULT_SHARES, _DEFAULT_WEIGHT = 1024, 100
+# file -> the field of `spec.Limits`; in this order, as memory and swap together may not be less than memory alone.
+_V2 = (("memory.max", "memory"), ("memory.swap.max", ""), ("pids.max", "processes"), ("cpu.weight", "cpu_weight"))
+_V1 = (
+    ("memory.limit_in_bytes", "memory"), ("memory.memsw.limit_in_bytes", "memory"), ("pids.max", "processes"),
+    ("cpu.shares", "cpu_weight"),
+)
 
 
-class NoCgroup(Exception):
-    """Why there is no cgroup to be had here; for doctor."""
+class Cgroup:
+    """One sandbox's cgroup. Without any directory it is none, and everything here does nothing.
 
+    into: a descriptor for CLONE_INTO_CGROUP, or -1. entries: descriptors that the new process hands to `join`.
+    oom_counter: the file that counts processes killed for memory, "" without one.
+    """
 
-def _own_paths(proc: str) -> dict[str, str]:
-    """Controller list -> path of this process's cgroup, from /proc/self/cgroup ("" is v2)."""
-    paths = {}
-    for line in Path(f"{proc}/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        paths[controllers] = path
-    return paths
+    def __init__(self) -> None:
+        self.directories: list[str] = []
+        self.into = -1
+        self.entries: list[int] = []
+        self.oom_counter = ""
 
+    def __bool__(self) -> bool:
+        return bool(self.directories)
 
-def _mounts(proc: str) -> list[tuple[str, str, str]]:
-    """(mount point, type, super options) of the cgroup mounts in sight."""
-    found = []
-    for line in Path(f"{proc}/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        fstype, _, options = right.split(" ", 2)
-        if fstype in ("cgroup", "cgroup2"):
-            found.append((left.split(" ")[4], fstype, options))
-    return found
+    def close(self) -> None:
+        """Give back the descriptors, when the process is in."""
+        for fd in (*self.entries, *((self.into,) if self.into >= 0 else ())):
+            os.close(fd)
+        self.into, self.entries = -1, []
 
-
-def _start_time(proc: str, pid: int) -> str:
-    """Field 22 of /proc/PID/stat: with the pid it names a process once. "" for a process that has ended."""
-    fields = Path(f"{proc}/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return "" if fields[0] in ("Z", "X") else fields[19]
-
-
-def _sweep(parent: Path, proc: str) -> None:
-    """Remove the directories of launchers that are no more. What is still populated is left alone."""
-    for directory in parent.glob("minisandbox-*"):
-        match = _NAME.search(directory.name)
-        if match is None:
-            continue
-        try:
-            if _start_time(proc, int(match[1])) == match[2]:
-                continue
-        except OSError:
-            pass  # no such process
-        _remove(directory)
-
-
-def _remove(directory: Path) -> None:
-    try:
-        for child in directory.iterdir():
-            if child.is_dir():
-                child.rmdir()
-        directory.rmdir()
-    except OSError:
-        pass  # busy: something in it has not ended yet, the next sweep takes it
+    def remove(self) -> None:
+        """Remove the directories, when the last process has gone."""
+        self.close()
+        for directory in self.directories:
+            with contextlib.suppress(OSError):  # busy: the next launcher's sweep takes it
+                os.rmdir(directory)
+        self.directories = []
 
 
 class Cgroups:
-    """The cgroup directory of one launcher. Raises `NoCgroup` when none can be made here."""
+    """The cgroup directories of one launcher. Raises `NoCgroup` when none can be made here.
+
+    memory, pids, cpu: which controllers there are.
+    """
 
     def __init__(self, proc: str = "/proc", prefix: str = "") -> None:
         """proc: where the host's /proc is; prefix: what stands before the host's paths (after a pivot)."""
-        pid = os.getpid()
-        name = f"minisandbox-{pid}-{_start_time(proc, pid)}"
-        self._directories: list[Path] = []
-        own = _own_paths(proc)
-        reasons = []
-        for point, fstype, options in _mounts(proc):
-            controllers = set(options.split(","))
-            if fstype == "cgroup2":
-                parent = Path(point + own.get("", "/"))
-                reason = self._enable_v2(parent)
-            elif controllers & {"memory", "pids"}:
-                key = next((k for k in own if set(k.split(",")) & controllers & {"memory", "pids"}), None)
-                parent = Path(point + own[key]) if key else Path(point)
-                reason = ""
-            else:
+        self._name = own_name(proc)
+        self._prefix = prefix
+        self._places: list[tuple[Place, str, list[tuple[str, str]]]] = []  # place, our directory, files and fields
+        places, reasons = find_places(proc)
+        controllers: set[str] = set()
+        for place in places:
+            directory = f"{place.directory}/{self._name}"
+            try:
+                files = self._prepare(place, directory)
+            except OSError as error:
+                reasons.append(f"{place.directory}: {error.strerror}")
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
                 continue
-            if not reason:
-                try:
-                    _sweep(parent, proc)
-                    (parent / name).mkdir()
-                    self._directories.append(parent / name)
-                    if fstype == "cgroup2":
-                        (parent / name / "cgroup.subtree_control").write_text("+memory +pids")
-                except OSError as error:
-                    reason = f"{error.strerror}"
-            if reason:
-                reasons.append(f"{parent}: {reason}")
-        self.memory = self.pids = False
-        for directory in self._directories:
-            self.memory |= any((directory / f).exists() for f in ("memory.limit_in_bytes", "memory.high"))
-            self.pids |= (directory / "pids.max").exists()
+            controllers |= place.controllers
+            self._places.append((place, prefix + directory, files))
+        self.memory, self.pids, self.cpu = ("memory" in controllers, "pids" in controllers, "cpu" in controllers)
         if not (self.memory or self.pids):
             self.close()
             raise NoCgroup("; ".join(reasons) or "no cgroup file system with the memory or pids controller")
-        self._directories = [Path(prefix + str(directory)) for directory in self._directories]
 
     @staticmethod
-    def _enable_v2(parent: Path) -> str:
-        """Make the controllers available below `parent`; the reason why not, or ""."""
+    def _prepare(place: Place, directory: str) -> list[tuple[str, str]]:
+        """Make our directory and one below it, to see that it can be done and which files there are."""
+        os.mkdir(directory)
+        if place.v2:
+            enabled = " ".join(f"+{controller}" for controller in sorted(place.controllers))
+            Path(directory, "cgroup.subtree_control").write_text(enabled)
+        probe = f"{directory}/probe"
+        os.mkdir(probe)
         try:
-            available = (parent / "cgroup.controllers").read_text().split()
-            if not {"memory", "pids"} <= set(available):
-                return "the memory and pids controllers are not delegated here"
-            (parent / "cgroup.subtree_control").write_text("+memory +pids")
-        except OSError as error:
-            return error.strerror or str(error)
-        return ""
+            names = set(os.listdir(probe))
+        finally:
+            os.rmdir(probe)
+        return [(file, field) for file, field in (_V2 if place.v2 else _V1) if file in names]
 
-    def create(self, name: str, memory: int, processes: int) -> list[str]:
-        """Make a sandbox's cgroup; its directories, one a hierarchy."""
-        made = []
-        for directory in self._directories:
-            path = directory / name
-            path.mkdir()
-            made.append(str(path))
-            for file, value in (
-                ("memory.max", memory), ("memory.limit_in_bytes", memory), ("memory.swap.max", 0),
-                ("memory.memsw.limit_in_bytes", memory), ("pids.max", processes),
-            ):
-                if (path / file).exists():
-                    (path / file).write_text(str(value))
-            oom = path / "memory.oom.group"
-            if oom.exists():
-                oom.write_text("0")  # one process dies, not the shell and init with it
+    def create(self, name: str, limits: Mapping[str, int]) -> Cgroup:
+        """Make a sandbox's cgroup with the limits of a `spec.Limits` as a dictionary. Raises `OSError`."""
+        made = Cgroup()
+        try:
+            for place, parent, files in self._places:
+                directory = f"{parent}/{name}"
+                try:
+                    os.mkdir(directory)
+                except FileNotFoundError:  # a sweep from another pid namespace took our empty directory
+                    self._prepare(place, parent)
+                    os.mkdir(directory)
+                made.directories.append(directory)
+                for file, field in files:
+                    _write(f"{directory}/{file}", _value(file, limits[field] if field else 0))
+                if place.v2:
+                    made.into = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                else:
+                    made.entries.append(os.open(f"{directory}/tasks", os.O_WRONLY | os.O_CLOEXEC))
+                if "memory" in place.controllers:
+                    made.oom_counter = f"{directory}/{'memory.events' if place.v2 else 'memory.oom_control'}"
+        except BaseException:
+            made.remove()
+            raise
         return made
 
-    @staticmethod
-    def join(directories: list[str], pid: int) -> None:
-        for directory in directories:
-            Path(directory, "cgroup.procs").write_text(str(pid))
-
-    @staticmethod
-    def remove(directories: list[str]) -> None:
-        for directory in directories:
-            try:
-                os.rmdir(directory)
-            except OSError:
-                pass  # the next launcher's sweep takes it
-
     def close(self) -> None:
-        for directory in self._directories:
-            _remove(directory)
+        for _, directory, _ in self._places:
+            remove(directory)
 
 
-def oom_counter(directories: list[str]) -> str | None:
-    """The file that counts kills for memory in a sandbox's cgroup."""
-    for directory in directories:
-        for file in ("memory.events", "memory.oom_control"):
-            if os.path.exists(f"{directory}/{file}"):
-                return f"{directory}/{file}"
-    return None
+def _value(file: str, value: int) -> int:
+    if file == "cpu.shares":
+        return max(2, min(value * _DEFAULT_SHARES // _DEFAULT_WEIGHT, 262144))
+    return value
+
+
+def _write(path: str, value: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"%d" % value)
+    finally:
+        os.close(fd)
+
+
+def join(entries: list[int]) -> None:
+    """Enter the cgroups whose `tasks` these are, as the only thread of this process, and close them."""
+    for fd in entries:
+        try:
+            os.write(fd, b"0")
+        finally:
+            os.close(fd)
 
 
 def read_oom_kills(path: str) -> int:

@@ -24,6 +24,7 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 CLONE_NEWTIME = 0x00000080
 CLONE_PIDFD = 0x00001000
+CLONE_INTO_CGROUP = 0x200000000
 
 # linux/mount.h
 MS_RDONLY = 1
@@ -156,16 +157,19 @@ def mount_setattr(fd: int, attr_set: int, userns_fd: int = 0) -> None:
     _check(int(result), "mount_setattr")
 
 
-def clone3(flags: int) -> tuple[int, int]:
+def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     """Fork into new namespaces: (pid, pidfd) in the parent, (0, -1) in the child.
 
-    The interpreter is told before and after, as os.fork does; the caller must be single-threaded.
+    cgroup: a descriptor of the cgroup (v2) that the child is to be in. The interpreter is told before and after, as
+    os.fork does; the caller must be single-threaded.
     """
     pidfd = ctypes.c_int(-1)
-    # struct clone_args, first version: 8 fields of 64 bits
-    arguments = struct.pack(
-        "QQQQQQQQ", flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0
-    )
+    # struct clone_args, first version: 8 fields of 64 bits; the third has 11
+    fields = [flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0]
+    if cgroup >= 0:
+        fields[0] |= CLONE_INTO_CGROUP
+        fields += [0, 0, cgroup]
+    arguments = struct.pack(f"{len(fields)}Q", *fields)
     ctypes.pythonapi.PyOS_BeforeFork()
     pid = _pylibc.syscall(ctypes.c_long(SYS_clone3), arguments, ctypes.c_size_t(len(arguments)))
     if pid == 0:

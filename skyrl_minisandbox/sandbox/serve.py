@@ -46,7 +46,7 @@ class Server:
         self._limits = request["limits"]
         self._rlimits = {
             resource.RLIMIT_NOFILE: self._limits["open_files"],
-            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_CORE: self._limits["core"],
         }
         if not request["memory_cgroup"]:
             self._rlimits[resource.RLIMIT_AS] = self._limits["memory"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from skyrl_minisandbox.errors import SandboxError
 
 if TYPE_CHECKING:
     from skyrl_minisandbox.sandbox.state import FrozenLayer
@@ -22,19 +25,57 @@ class Limits:
         address space of each process).
     processes: processes and threads in the whole sandbox (pids cgroup and RLIMIT_NPROC).
     disk: bytes that may be written to the root file system; below `memory` when the upper is tmpfs, so that a
-        full disk does not look like an out-of-memory kill.
-    inodes: files, directories and links that may be written to the root file system.
+        full disk does not look like an out-of-memory kill. An upper on disk has no quota: it is looked at every few
+        seconds, and a sandbox whose upper is beyond is ended (`Sandbox.ended_by`).
     open_files: RLIMIT_NOFILE of each process.
     output: bytes of output kept per command and stream; beyond it head and tail are kept, and
         `truncated` is told.
+    cpu_weight: share of the processors when there are not enough, in the scale of cgroup v2: 1 to 10000, 100 is what
+        everybody else has (cpu cgroup; nothing without one).
+    inodes: files, directories and links that may be made. On tmpfs fewer where `memory` would not hold them: each
+        takes 1 KiB of it.
+    core: bytes of a core file; 0 for none.
+    command_seconds: the deadline of commands that have no `timeout` of their own; None for none.
+
+    Raises `SandboxError` for a value that cannot be, with the name of the field.
     """
 
     memory: int = 4 * GIB
     processes: int = 1024
     disk: int = 2 * GIB
-    inodes: int = 500_000
     open_files: int = 16384
     output: int = 2 * MIB
+    cpu_weight: int = 100
+    # What an agent makes is a few thousand; a fresh scientific environment has 20,000, a large node_modules 100,000.
+    inodes: int = 500_000
+    core: int = 0
+    command_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise SandboxError(f"limits.{name} is {value!r}; it must be an integer")
+            if not least <= value <= most:
+                raise SandboxError(f"limits.{name} is {value}; it must be from {least} to {most}")
+        seconds = self.command_seconds
+        if seconds is None:
+            return
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+            raise SandboxError(f"limits.command_seconds is {seconds!r}; it must be a number above 0, or None")
+
+
+_LARGEST = (1 << 63) - 1
+_RANGES = {
+    "memory": (32 * MIB, _LARGEST),  # init itself takes 10 MiB
+    "processes": (4, 1 << 22),  # linux/threads.h, PID_MAX_LIMIT
+    "disk": (MIB, _LARGEST),
+    "open_files": (16, 1 << 20),  # fs.nr_open's default, above which no limit can be set
+    "output": (1, GIB),
+    "cpu_weight": (1, 10000),  # linux/cgroup.h, CGROUP_WEIGHT_MIN and _MAX
+    "inodes": (16, 1 << 40),
+    "core": (0, _LARGEST),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +130,7 @@ class CommandResult:
         stream, kept in `stdout`.
     exit_code: the exit status, 128 + N when ended by signal N, 124 when `timed_out`.
     oom_killed: a process of the sandbox was killed for memory while the command ran.
-    disk_full: the root file system had no room left when the command ended.
+    disk_full: the root file system, /dev/shm or a private /tmp had no room or no inode left when the command ended.
     seconds: wall time inside the sandbox.
     merged: stdout and stderr in the order of their arrival.
     notice: one sentence for the agent when its shell had to be started anew, else empty.

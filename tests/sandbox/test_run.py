@@ -139,7 +139,7 @@ def test_interrupt_ends_the_command_and_keeps_the_sandbox(sandbox: Sandbox) -> N
 def test_what_cannot_go_together_is_refused_with_both_names(spec: SandboxSpec) -> None:
     import dataclasses
 
-    odd = dataclasses.replace(spec, limits=Limits(memory=1 << 20, disk=1 << 20))
+    odd = dataclasses.replace(spec, limits=Limits(memory=1 << 30, disk=1 << 30))
     with pytest.raises(SandboxError, match=r"limits.disk .* limits.memory"):
         Sandbox(odd)
     with pytest.raises(SandboxError, match="at least one layer"):
