@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from skyrl_minisandbox.sandbox.client import owner_shift as owner_shift
     from skyrl_minisandbox.sandbox.client import shutdown_launcher as shutdown_launcher
     from skyrl_minisandbox.sandbox.client import tmpfs_holds_upper as tmpfs_holds_upper
+    from skyrl_minisandbox.sandbox.pool import Pool as Pool
     from skyrl_minisandbox.sandbox.sandbox import Sandbox as Sandbox
     from skyrl_minisandbox.sandbox.shell import Shell as Shell
     from skyrl_minisandbox.sandbox.spec import Bind as Bind
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from skyrl_minisandbox.sandbox.state import Snapshot as Snapshot
 
 __all__ = [
-    "Bind", "Change", "CommandResult", "Limits", "Sandbox", "SandboxSpec", "Shell", "Snapshot", "owner_shift",
-    "shutdown_launcher", "tmpfs_holds_upper",
+    "Bind", "Change", "CommandResult", "Limits", "Pool", "Sandbox", "SandboxSpec", "Shell", "Snapshot",
+    "owner_shift", "shutdown_launcher", "tmpfs_holds_upper",
 ]
 
 _WHERE = {
-    "Sandbox": "sandbox", "Shell": "shell", "Change": "state", "Snapshot": "state", "owner_shift": "client",
-    "shutdown_launcher": "client", "tmpfs_holds_upper": "client",
+    "Pool": "pool", "Sandbox": "sandbox", "Shell": "shell", "Change": "state", "Snapshot": "state",
+    "owner_shift": "client", "shutdown_launcher": "client", "tmpfs_holds_upper": "client",
 }
 
 

@@ -197,6 +197,13 @@ class Box:
     # The end
 
     @property
+    def alive(self) -> bool:
+        """Whether init holds its end of the socket, over which it says nothing unasked."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return not self._closed.is_set() and not poll.poll(0)
+
+    @property
     def closed(self) -> bool:
         return self._closed.is_set()
 

@@ -67,6 +67,7 @@ class Sandbox:
         self._closed = False
         self._used_upper = False  # the directory that the spec names is one sandbox's, once
         self._shells: list[Shell] = []
+        self._first_shell: Shell | None = None  # started before anybody asked for it, by a pool
 
     def _open(self) -> None:
         """Have a box made; `_await` waits for it, so that several can be made at once."""
@@ -113,7 +114,7 @@ class Sandbox:
         upper = self.spec.upper
         if upper is not None and self._used_upper:
             upper = upper.with_name(f"{upper.name}-{secrets.token_hex(8)}")
-        elif upper is None and not self._launcher.facts["tmpfs_upper"]:
+        elif upper is None and (self.spec.on_disk or not self._launcher.facts["tmpfs_upper"]):
             if self.spec.scratch is None:
                 raise MachineError(
                     "this kernel cannot hold a plain user's upper on tmpfs, and no directory for one on disk is given",
@@ -135,6 +136,11 @@ class Sandbox:
     def pid(self) -> int:
         """Of init, as the host sees it; another one after `reset`, `snapshot` and `fork`."""
         return self._box.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether its init is there. Asked while nothing is under way; costs no answer from inside."""
+        return not self._closed and self._box.alive
 
     # Commands
 
@@ -170,8 +176,12 @@ class Sandbox:
             return self._box.result(request, timeout)
 
     def shell(self, *, user: str | None = None, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Shell:
-        """A new persistent bash. It starts with its first command."""
+        """A new persistent bash. It starts with its first command; a sandbox of a `Pool` has one that has started, for
+        who asks first and without arguments."""
         with self._lock:
+            if self._first_shell is not None and user is None and env is None and cwd is None:
+                first, self._first_shell = self._first_shell, None
+                return first
             key = f"s{len(self._shells) + 1}"
             shell = Shell(self, key, self._environment(env), cwd or self.spec.workdir, user)
             self._shells.append(shell)
@@ -506,7 +516,9 @@ def _check(spec: SandboxSpec) -> None:
     for path in (*spec.keep, *(bind.target for bind in spec.binds), spec.workdir):
         if not path.startswith("/") or ".." in path.split("/"):
             raise SandboxError(f"`{path}` is not an absolute path inside the sandbox")
-    if spec.upper is None and spec.limits.disk >= spec.limits.memory:
+    if spec.on_disk and spec.scratch is None:
+        raise SandboxError("an upper on disk needs a directory to lie in: `SandboxSpec.scratch`")
+    if spec.upper is None and not spec.on_disk and spec.limits.disk >= spec.limits.memory:
         raise SandboxError(
             f"limits.disk ({spec.limits.disk} bytes) must be below limits.memory ({spec.limits.memory} bytes) "
             "while the upper is on tmpfs, or a full disk would look like running out of memory"

@@ -103,7 +103,9 @@ class SandboxSpec:
     network: "none" (loopback only) or "host" (the host's, for builds).
     upper: None for a tmpfs; a directory on disk for big ones (builds), whose file system must be able to hold an
         overlay upper. It must not exist or be empty; its content goes with the sandbox.
-    scratch: where an upper on disk is made when a tmpfs cannot hold one (a plain user on some kernels).
+    scratch: where an upper on disk is made when a tmpfs cannot hold one (a plain user on some kernels), and with
+        `on_disk` in any case. Any number of sandboxes may have the same.
+    on_disk: the upper is on disk, though a tmpfs could hold it: slower, and no memory of the sandbox's.
     private_tmp: mount a tmpfs at /tmp and /run, so that nothing of them gets into the upper (builds).
     allow_degraded: names of protections that may be missing; one missing and not named is an error.
     """
@@ -118,6 +120,7 @@ class SandboxSpec:
     limits: Limits = Limits()
     upper: Path | None = None
     scratch: Path | None = None
+    on_disk: bool = False
     private_tmp: bool = False
     allow_degraded: tuple[str, ...] = ()
 
