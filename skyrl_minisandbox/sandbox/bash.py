@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shlex
 import stat
 
 from skyrl_minisandbox.sandbox import processes
@@ -41,7 +39,7 @@ class Bash:
         self._told = b""
         self._count = 0
         self.exit_code = 0
-        self._spare: frozenset[int] = frozenset()
+        self._begun = (0, 0)
         self.started = 0
         self.restored = False  # its state file was laid there before its first start
         self.replaced = False  # nobody holds the control pipe: what runs under the pid is not bash any more
@@ -105,7 +103,7 @@ class Bash:
         Raises `OSError`: `BlockingIOError` when bash does not take any more, as others filled its input.
         """
         self._count += 1
-        self._nonce = secrets.token_hex(16).encode()
+        self._nonce = os.urandom(16).hex().encode()
         self._told = b""
         file, output = self._path("command"), self._path(f"output{self._count}")
         with open(self._new_file("command", 0o644), "w", encoding="utf-8", errors="surrogateescape") as handle:
@@ -114,7 +112,7 @@ class Bash:
         os.mkfifo(output)
         os.chmod(output, 0o622)
         read = os.open(output, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._spare = frozenset(self._children())
+        self._begun = processes.moment()
         restore = f"(exit {self.exit_code}); " if self.exit_code else ""
         state = self._path("state")
         line = (
@@ -138,13 +136,6 @@ class Bash:
         except FileNotFoundError:
             pass
 
-    def _children(self) -> list[int]:
-        try:
-            with open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
-                return [int(pid) for pid in file.read().split()]
-        except OSError:
-            return []
-
     def told(self) -> tuple[int, str] | None:
         """Read what the control pipe has: (exit code, working directory) when the command has ended.
 
@@ -167,9 +158,10 @@ class Bash:
                 return self.exit_code, self.cwd
         return None
 
-    def interrupt(self, attempt: int) -> None:
+    def interrupt(self, attempt: int, others: frozenset[int]) -> None:
         """Kill what the running command started; at last the shell itself."""
-        processes.kill_tree(self.pid, self._spare, itself=self.replaced or attempt >= _ATTEMPTS)
+        itself = self.replaced or attempt >= _ATTEMPTS
+        processes.kill_command(self.pid, self._begun, others, itself=itself, attempt=attempt)
 
     def end(self) -> None:
         """Forget a shell that ended."""
@@ -193,5 +185,5 @@ class Bash:
     def notice(self) -> str:
         return (
             "The shell ended and was started anew"
-            f" in {shlex.quote(self.cwd)}, with the exported variables and functions of before."
+            f" in {self.cwd}, with the exported variables and functions of before."
         )

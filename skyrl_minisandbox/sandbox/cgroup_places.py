@@ -9,10 +9,9 @@ others may rely on where they are (Slurm counts by it).
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-from pathlib import Path
+from typing import NamedTuple
 
 _NAME = re.compile(r"minisandbox-(\d+)-(\d+)$")
 _WANTED = frozenset(("memory", "pids", "cpu"))
@@ -25,8 +24,7 @@ class NoCgroup(Exception):
     """Why there is no cgroup to be had here; for doctor."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A cgroup that ours can be made below."""
 
     directory: str
@@ -34,8 +32,7 @@ class Place:
     controllers: frozenset[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mount:
+class _Mount(NamedTuple):
     point: str
     root: str  # the cgroup that is mounted there
     v2: bool
@@ -45,7 +42,7 @@ class _Mount:
 def _own_paths(proc: str) -> dict[str, str]:
     """Controller list -> path of this process's cgroup, from /proc/self/cgroup ("" is v2)."""
     paths = {}
-    for line in Path(f"{proc}/self/cgroup").read_text().splitlines():
+    for line in _text(f"{proc}/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         paths[controllers] = path
     return paths
@@ -53,7 +50,7 @@ def _own_paths(proc: str) -> dict[str, str]:
 
 def _mounts(proc: str) -> list[_Mount]:
     found = []
-    for line in Path(f"{proc}/self/mountinfo").read_text().splitlines():
+    for line in _text(f"{proc}/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         fstype, _, options = right.split(" ", 2)
         if fstype in ("cgroup", "cgroup2"):
@@ -91,7 +88,7 @@ def find_places(proc: str = "/proc") -> tuple[list[Place], list[str]]:
         if place is None:
             reasons.append(reason)
         else:
-            sweep(Path(place.directory), proc)
+            sweep(place.directory, proc)
             places.append(place)
     return places, reasons
 
@@ -130,7 +127,7 @@ def _enable(directory: str) -> tuple[frozenset[str], str]:
     # With real-time group scheduling there may be no cpu controller to be had.
     for wanted in (available, available - {"cpu"}):
         try:
-            Path(directory, "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in sorted(wanted)))
+            write(f"{directory}/cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(wanted)))
             return wanted, ""
         except OSError as error:
             fault = error
@@ -146,7 +143,7 @@ def _enable(directory: str) -> tuple[frozenset[str], str]:
 
 def _read(directory: str, name: str, otherwise: str = "") -> str:
     try:
-        return Path(directory, name).read_text()
+        return _text(f"{directory}/{name}")
     except OSError:
         return otherwise
 
@@ -158,14 +155,28 @@ def own_name(proc: str) -> str:
 
 def _start_time(proc: str, pid: int) -> str:
     """Field 22 of /proc/PID/stat: with the pid it names a process once. "" for a process that has ended."""
-    fields = Path(f"{proc}/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    fields = _text(f"{proc}/{pid}/stat").rsplit(")", 1)[1].split()
     return "" if fields[0] in ("Z", "X") else fields[19]
 
 
-def sweep(parent: Path, proc: str) -> None:
+def _text(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def write(path: str, text: str) -> None:
+    """One write(2), as files of the kernel want it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def sweep(parent: str, proc: str) -> None:
     """Remove the directories of launchers that are no more. What is still populated is left alone."""
-    for directory in parent.glob("minisandbox-*"):
-        match = _NAME.search(directory.name)
+    for name in os.listdir(parent):
+        match = _NAME.match(name)
         if match is None:
             continue
         try:
@@ -173,7 +184,7 @@ def sweep(parent: Path, proc: str) -> None:
                 continue
         except OSError:
             pass  # no such process
-        remove(str(directory))
+        remove(f"{parent}/{name}")
 
 
 def remove(directory: str) -> None:

@@ -8,7 +8,6 @@ ends, so does init, and with it every process inside.
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import signal
 import socket
@@ -85,7 +84,7 @@ def _set_up(request: dict[str, Any], root_fd: int, bind_fds: list[int]) -> None:
         _step("process limit", lambda: resource.setrlimit(resource.RLIMIT_NPROC, (processes_limit,) * 2))
     _step("capabilities", lambda: linux.set_capabilities(CAPABILITIES))
     _step("no_new_privs", lambda: linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1))
-    program = seccomp.build_filter(platform.machine(), single_id=request["single_id"])
+    program = seccomp.build_filter(os.uname().machine, single_id=request["single_id"])
     _step("seccomp filter", lambda: linux.set_seccomp(program))
     _verify(request)
 

@@ -12,8 +12,8 @@ Owner and launcher trust each other: messages between them are JSON, with descri
 from __future__ import annotations
 
 import array
-import dataclasses
 import errno
+import gc
 import json
 import os
 import resource
@@ -23,7 +23,7 @@ import socket
 import struct
 from typing import Any
 
-from skyrl_minisandbox.sandbox import limits, linux, processes, wire
+from skyrl_minisandbox.sandbox import limits, linux, processes, seccomp, wire
 from skyrl_minisandbox.sandbox.init import run_init
 from skyrl_minisandbox.sandbox.mounts import HOST, NEW_ROOT
 from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Mounted, Overlays, map_base
@@ -65,7 +65,7 @@ class Launcher:
         except PermissionError:
             root_mode = False
         if not root_mode:
-            self._ids = dataclasses.replace(self._ids, base=None)
+            self._ids.base = None
             self._enter_userns()
         try:
             self._cgroups = limits.Cgroups(prefix=HOST)
@@ -383,5 +383,10 @@ def main() -> None:
     except LauncherError as error:
         launcher._answer(0, {"error": str(error), "errno": error.number, "lacks": error.lacks})
         return
+    # Every init is a copy of this process: what is made once here costs none of them anything, and the collector
+    # shall not write to pages that they share.
+    seccomp.build_filter(os.uname().machine, single_id=launcher.facts["single_id"])
+    gc.collect()
+    gc.freeze()
     launcher._answer(0, {"facts": launcher.facts, "max_payload": wire.MAX_PAYLOAD})
     launcher.serve()

@@ -18,9 +18,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
-from skyrl_minisandbox.sandbox.cgroup_places import NoCgroup, Place, find_places, own_name, remove
+from skyrl_minisandbox.sandbox.cgroup_places import NoCgroup, Place, find_places, own_name, remove, write
 
 __all__ = ["Cgroup", "Cgroups", "NoCgroup", "join", "read_oom_kills"]
 
@@ -101,7 +100,7 @@ class Cgroups:
         os.mkdir(directory)
         if place.v2:
             enabled = " ".join(f"+{controller}" for controller in sorted(place.controllers))
-            Path(directory, "cgroup.subtree_control").write_text(enabled)
+            write(f"{directory}/cgroup.subtree_control", enabled)
         probe = f"{directory}/probe"
         os.mkdir(probe)
         try:
@@ -123,7 +122,7 @@ class Cgroups:
                     os.mkdir(directory)
                 made.directories.append(directory)
                 for file, field in files:
-                    _write(f"{directory}/{file}", _value(file, limits[field] if field else 0))
+                    write(f"{directory}/{file}", str(_value(file, limits[field] if field else 0)))
                 if place.v2:
                     made.into = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 else:
@@ -144,14 +143,6 @@ def _value(file: str, value: int) -> int:
     if file == "cpu.shares":
         return max(2, min(value * _DEFAULT_SHARES // _DEFAULT_WEIGHT, 262144))
     return value
-
-
-def _write(path: str, value: int) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, b"%d" % value)
-    finally:
-        os.close(fd)
 
 
 def join(entries: list[int]) -> None:

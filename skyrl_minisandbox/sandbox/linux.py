@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import platform
 import signal
 import socket
 import struct
@@ -92,8 +91,8 @@ SYS_clone3 = 435
 SYS_close_range = 436
 SYS_openat2 = 437
 SYS_mount_setattr = 442
-SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 41)
-SYS_capset = {"x86_64": 126, "aarch64": 91}.get(platform.machine(), 91)
+SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, 41)
+SYS_capset = {"x86_64": 126, "aarch64": 91}.get(os.uname().machine, 91)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # PyDLL keeps the GIL: the child of clone3 must go on as the only thread, in a consistent interpreter.

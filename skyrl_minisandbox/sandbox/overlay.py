@@ -7,7 +7,6 @@ has been cloned. What leaves this module are detached mounts.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 from typing import Any
@@ -29,12 +28,11 @@ class LauncherError(Exception):
         self.number, self.lacks = number, lacks
 
 
-@dataclasses.dataclass
 class Ids:
     """Which of the machine's ids a sandbox has: a range from `base`, or one user and group (`own`) as its root."""
 
-    base: int | None
-    own: tuple[int, int]
+    def __init__(self, base: int | None, own: tuple[int, int]) -> None:
+        self.base, self.own = base, own
 
     def root(self) -> tuple[int, int]:
         """Owner and group that are root inside, as the machine sees them."""
@@ -60,7 +58,6 @@ def map_base() -> int | None:
     return best
 
 
-@dataclasses.dataclass
 class Mounted:
     """The overlay of one sandbox, as detached mounts.
 
@@ -68,11 +65,8 @@ class Mounted:
     written. lowers: short paths of the layers, the lowest first.
     """
 
-    root: int
-    view: int
-    upper: int
-    lowers: list[str]
-    on_tmpfs: bool
+    def __init__(self, root: int, view: int, upper: int, lowers: list[str], on_tmpfs: bool) -> None:
+        self.root, self.view, self.upper, self.lowers, self.on_tmpfs = root, view, upper, lowers, on_tmpfs
 
     def close(self) -> None:
         """Let go of all but the root, which is the sandbox's."""

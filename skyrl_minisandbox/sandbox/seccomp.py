@@ -7,6 +7,7 @@ be tested on either.
 from __future__ import annotations
 
 import errno
+import functools
 import struct
 
 from skyrl_minisandbox.sandbox import linux
@@ -124,6 +125,7 @@ def _ranges(numbers: list[int]) -> list[tuple[int, int]]:
     return ranges
 
 
+@functools.cache
 def build_filter(machine: str, *, single_id: bool) -> bytes:
     """The filter for `machine` (`x86_64` or `aarch64`) as an array of struct sock_filter.
 

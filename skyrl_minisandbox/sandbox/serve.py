@@ -20,7 +20,6 @@ from typing import Any
 
 from skyrl_minisandbox.sandbox import processes, tree, wire
 from skyrl_minisandbox.sandbox.bash import Bash
-from skyrl_minisandbox.sandbox.state import LARGEST_STATE, SHELL
 from skyrl_minisandbox.sandbox.underway import Command, Unpacking, Writing, read_file
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
 
@@ -279,9 +278,9 @@ class Server:
         for line in ended:
             self._send(Answer.ENDED, request, line)
         for key, shell in self._shells.items():
-            text = shell.saved(LARGEST_STATE)
+            text = shell.saved(wire.LARGEST_STATE)
             cwd = os.fsencode(shell.cwd)
-            header = SHELL.pack(len(key), shell.exit_code, len(cwd))
+            header = wire.SHELL.pack(len(key), shell.exit_code, len(cwd))
             self._send(Answer.SHELL, request, header + key.encode() + cwd + text)
         self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
 
@@ -448,10 +447,11 @@ class Server:
             command.timed_out = True
             command.attempts += 1
             command.deadline = now + _KILL_PAUSE
+            others = frozenset(shell.pid for shell in self._shells.values())
             if command.shell is not None:
-                command.shell.interrupt(command.attempts)
+                command.shell.interrupt(command.attempts, others)
             else:
-                processes.kill_tree(command.pid)
+                processes.kill_command(command.pid, None, others, attempt=command.attempts)
 
     def _finish(self, command: Command, code: int, notice: str = "") -> None:
         del self._commands[command.request]

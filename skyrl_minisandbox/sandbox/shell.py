@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from skyrl_minisandbox.sandbox import wire
 from skyrl_minisandbox.sandbox.mounts import PRIVATE
 from skyrl_minisandbox.sandbox.spec import CommandResult
-from skyrl_minisandbox.sandbox.state import LARGEST_STATE, ShellState
+from skyrl_minisandbox.sandbox.state import ShellState
 from skyrl_minisandbox.sandbox.wire import Ask
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Shell:
 
     def _restore(self, state: ShellState) -> bool:
         """Lay the exports and functions where the new bash reads them; whether there are any."""
-        if not state.text or len(state.text) > LARGEST_STATE:
+        if not state.text or len(state.text) > wire.LARGEST_STATE:
             return False
         box = self._sandbox._box
         path = f"{PRIVATE}/{self._key}.state"

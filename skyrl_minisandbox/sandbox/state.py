@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from skyrl_minisandbox.sandbox import wire
+
 if TYPE_CHECKING:
     from skyrl_minisandbox.sandbox.client import LauncherClient
-
-# Of one shell, in an answer of init: length of its key (u16), its last exit code, length of its directory (u32); key,
-# directory, and what it exports as bash text follow.
-SHELL = struct.Struct("!HBI")
-# What a shell exports, in bytes; beyond it (nobody's functions are) it starts with its first environment.
-LARGEST_STATE = 900_000
 
 
 class FrozenLayer:
@@ -72,10 +67,10 @@ class ShellState:
     @staticmethod
     def unpack(payload: bytes) -> tuple[str, ShellState]:
         """The shell's key, and its state. Raises `ValueError` for what init does not send."""
-        if len(payload) < SHELL.size:
+        if len(payload) < wire.SHELL.size:
             raise ValueError("no state of a shell")
-        key_length, code, cwd_length = SHELL.unpack_from(payload)
-        rest = payload[SHELL.size :]
+        key_length, code, cwd_length = wire.SHELL.unpack_from(payload)
+        rest = payload[wire.SHELL.size :]
         key, cwd = rest[:key_length], rest[key_length : key_length + cwd_length]
         if len(cwd) != cwd_length or not cwd.startswith(b"/") or b"\0" in cwd:
             raise ValueError("no state of a shell")
