@@ -1,1 +1,1 @@
-"""The benchmarks behind scripts/bench/ROOM: one package a room, and what they share. Peers are classes here, not product code."""
+"""The benchmarks behind scripts/bench/ROOM: one package a room, and what they share."""

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from benches.contender import Absent, Contender, Ground, Seat
+from benches.contender import Absent, Contender, Ground, Held, Seat
 from benches.sandbox.ours import LIMITS, Ours, OurSeat
 from skyrl_minisandbox.sandbox import linux, seccomp
 from skyrl_minisandbox.sandbox.overlay import RANGE_BASE
@@ -144,6 +144,20 @@ class FloorSeat(Seat):
         return self._floor.ask("close")[0]
 
 
+class FloorHeld(Held):
+    def __init__(self, floor: Floor, count: int) -> None:
+        super().__init__([])
+        self._floor = floor
+        self._count = len(floor.ask(f"hold {count}")[1])
+
+    def answer(self) -> int:
+        self._floor.ask("answer")
+        return self._count
+
+    def release(self) -> None:
+        self._floor.ask("drop")
+
+
 class Floor(Contender):
     """One sandbox at a time, `rate`, and many held at once. Its owner is C as well."""
 
@@ -151,6 +165,7 @@ class Floor(Contender):
         self.cgroup = cgroup
         self.name = "floor"
         self._cgroups: _Cgroups | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def start(self, ground: Ground) -> None:
         if os.geteuid() != 0:
@@ -162,9 +177,17 @@ class Floor(Contender):
         if not program.exists():
             subprocess.run([compiler, "-O2", "-o", program, SOURCE], check=True, timeout=120)
         plan = ground.work / ("floor.plan" if self.cgroup else "floor-cgroup-off.plan")
-        plan.write_text("\n".join(self._plan(ground)) + "\n")
+        try:
+            plan.write_text("\n".join(self._plan(ground)) + "\n")
+        except BaseException:
+            self.stop()
+            raise
         self._process = subprocess.Popen([program, plan], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.open()[0].close()
+        try:
+            self.open()[0].close()
+        except RuntimeError:
+            self.stop()
+            raise
 
     def _plan(self, ground: Ground) -> Iterator[str]:
         filter_file = ground.work / "filter.bpf"
@@ -190,6 +213,7 @@ class Floor(Contender):
             ours.stop()
 
     def ask(self, line: str) -> tuple[float, list[int]]:
+        assert self._process is not None
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
@@ -204,8 +228,11 @@ class Floor(Contender):
     def rate(self, count: int, width: int) -> float:
         return count / self.ask(f"rate {count} {width}")[0]
 
+    def hold(self, count: int) -> Held:
+        return FloorHeld(self, count)
+
     def stop(self) -> None:
-        if getattr(self, "_process", None) is not None:
+        if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
             try:
@@ -215,3 +242,4 @@ class Floor(Contender):
                 self._process.wait()
         if self._cgroups is not None:
             self._cgroups.remove()
+            self._cgroups = None

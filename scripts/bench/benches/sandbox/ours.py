@@ -23,8 +23,8 @@ NO_CGROUP = (
 @contextlib.contextmanager
 def boot(extra: str) -> Iterator[None]:
     """Launchers made meanwhile run `extra` first. Raises `Absent` when the client has no such place any more."""
-    original = getattr(client, "_BOOT", None)
-    path, _, rest = (original or "").partition(";from ")
+    original: str = getattr(client, "_BOOT", "")
+    path, _, rest = original.partition(";from ")
     if not rest:
         raise Absent("the launcher's boot line is not as this benchmark knows it")
     client._BOOT = f"{path};exec({extra!r});from {rest}"

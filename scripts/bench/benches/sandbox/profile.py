@@ -122,8 +122,8 @@ def profile_create(ground: Ground, *, cgroup: bool, count: int = 30, deepest: in
     samples.sort(key=lambda sample: sample[1])
     ready, done, launcher, calls = samples[len(samples) // 2]
     out = sys.stdout
-    out.write(f"one create, cgroup {'on' if cgroup else 'off'}: ready after {ready:.2f} ms, first echo after {done:.2f} ms"
-              f" (traced; median of {count})\n\n")
+    out.write(f"one create, cgroup {'on' if cgroup else 'off'}: ready after {ready:.2f} ms, "
+              f"first echo after {done:.2f} ms (traced; median of {count})\n\n")
     out.write("  starts    took     own  who       call (ms)\n")
     for index, call in enumerate(calls):
         took = call.end - call.start
@@ -154,9 +154,7 @@ def _by_function(samples: list[tuple[float, float, int, list[Call]]]) -> list[tu
         for key, values in own.items():
             totals.setdefault(key, []).append((sum(values), len(values)))
     rows = []
-    for (who, name), values in totals.items():
-        rows.append((
-            statistics.median(v for v, _ in values), who, name, statistics.median(n for _, n in values),
-        ))
+    for (who, name), found in totals.items():
+        rows.append((statistics.median(v for v, _ in found), who, name, statistics.median(n for _, n in found)))
     return sorted(rows, reverse=True)
 

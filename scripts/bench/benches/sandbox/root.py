@@ -52,3 +52,15 @@ def debian_root(path: Path) -> str:
         made.rename(path)
     name = next(line for line in marker.read_text().splitlines() if line.startswith("PRETTY_NAME="))
     return f"{name.partition('=')[2].strip(chr(34))}, minbase"
+
+
+def environment_archive(path: Path) -> Path:
+    """The Python environment that this runs in, as the reference keeps its environments: a .tar.gz (gzip -1 here; how
+    it was packed does not tell in unpacking)."""
+    import sys
+
+    with open(path, "wb") as file:
+        tar = subprocess.Popen(["tar", "-C", sys.prefix, "-c", "."], stdout=subprocess.PIPE)
+        subprocess.run(["gzip", "-1"], stdin=tar.stdout, stdout=file, check=True, timeout=600)
+        tar.wait()
+    return path

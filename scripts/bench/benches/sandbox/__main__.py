@@ -1,0 +1,204 @@
+"""scripts/bench/sandbox: run the rows, print the table, write the JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benches.contender import Absent, Contender, Ground
+from benches.report import Report
+from benches.sandbox import root
+from benches.sandbox.floor import Floor
+from benches.sandbox.measures import Measures
+from benches.sandbox.ours import Ours
+from benches.sandbox.peers import DEBIAN_PACKAGES, PEERS, libraries
+from benches.sandbox.peers.programs import Reference
+from benches.sandbox.profile import profile_create
+from skyrl_minisandbox.sandbox import linux
+
+_CHECKOUT = Path(__file__).resolve().parents[4]
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_QUICK_PEERS = ("floor", "nitrobox", "bubblewrap", "sandlock", "crun", "reference without archive")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def contenders() -> dict[str, Contender]:
+    """Everybody but ourselves, by name."""
+    found: list[Contender] = [Floor(), *(peer() for peer in PEERS)]
+    found.append(Reference(archive=False))
+    return {contender.name: contender for contender in found}
+
+
+def install_peers(peers: Path) -> None:
+    """What Debian and the Python package index have of them; needs root."""
+    if os.geteuid() != 0:
+        sys.exit("--install-peers needs root")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    if shutil.which("apt-get"):
+        subprocess.run(["apt-get", "update", "-qq"], check=False, stdout=sys.stderr, env=environment)
+        # A service that a package starts would be a daemon of the machine's: the policy forbids it meanwhile.
+        policy = Path("/usr/sbin/policy-rc.d")
+        ours = not policy.exists()
+        if ours:
+            policy.write_text("#!/bin/sh\nexit 101\n")
+            policy.chmod(0o755)
+        try:
+            for package in DEBIAN_PACKAGES:
+                done = subprocess.run(
+                    ["apt-get", "install", "-y", "-qq", "--no-install-recommends", package],
+                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, check=False,
+                )
+                if done.returncode:
+                    say(f"{package}: {(done.stderr.strip().splitlines() or ['apt-get failed'])[-1]}")
+        finally:
+            if ours:
+                policy.unlink()
+    else:
+        say("no apt-get: install " + ", ".join(DEBIAN_PACKAGES) + " yourself")
+    for package in ("nitrobox", "sandlock"):
+        reason = libraries.install(peers, package)
+        if reason:
+            say(f"{package}: {reason}")
+
+
+@contextlib.contextmanager
+def ground(arguments: argparse.Namespace, peers: Path) -> Iterator[Ground]:
+    """A root file system, an archive, and a directory; all but what is kept for the next run is removed at the end."""
+    work = Path(tempfile.mkdtemp(prefix="minisandbox-bench-", dir=arguments.work))
+    work.chmod(0o755)
+    try:
+        place, name = work / "root", ""
+        if not arguments.quick and os.geteuid() == 0 and shutil.which("mmdebstrap"):
+            try:
+                say("unpacking a minimal Debian (once)")
+                place = peers / "debian"
+                name = root.debian_root(place)
+            except (subprocess.SubprocessError, OSError) as error:
+                say(f"no Debian: {error}; a small root instead")
+                place = work / "root"
+        if not name:
+            name = root.small_root(place)
+        archive = None
+        if not arguments.quick and "reference" in arguments.peers:
+            say("packing an environment for the reference")
+            archive = root.environment_archive(work / "environment.tar.gz")
+        yield Ground(work, place, name, archive, peers)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def private_mounts() -> None:
+    """As root: mounts of the peers are in a namespace that goes with this process, whatever ends it. And what they
+    leave behind becomes our child, so that its memory is counted and it is seen at the end."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            linux.unshare(linux.CLONE_NEWNS)
+            linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def measure(arguments: argparse.Namespace, peers: Path) -> Report:
+    report = Report("sandbox")
+    with ground(arguments, peers) as place, contextlib.ExitStack() as stack:
+        report.facts.update(root=place.root_name, quick=arguments.quick, euid=os.geteuid())
+        ours = Ours()
+        ours.start(place)
+        stack.callback(ours.stop)
+        report.versions["ours"] = ours.version()
+        known = contenders()
+        running: list[Contender] = []
+        for name in arguments.peers:
+            contender = known[name]
+            say(f"starting {name}")
+            try:
+                contender.start(place)
+            except Absent as why:
+                report.absent[name] = str(why)
+                continue
+            except Exception as error:
+                report.absent[name] = f"does not start: {error}"
+                continue
+            stack.callback(contender.stop)
+            running.append(contender)
+            if contender.version():
+                report.versions[name] = contender.version()
+        for name in known.keys() - set(arguments.peers):
+            report.absent[name] = "not asked for" if arguments.peers_chosen else "left out of a quick run"
+        measures = Measures(place, report, ours, running, quick=arguments.quick)
+        for name, row in measures.rows().items():
+            if name not in arguments.rows:
+                continue
+            started = time.monotonic()
+            try:
+                row()
+            except Absent as why:
+                report.not_run[name] = str(why)
+            except Exception as error:
+                report.not_run[name] = f"{type(error).__name__}: {error}"
+            say(f"{name}: {time.monotonic() - started:.1f} s")
+    return report
+
+
+def arguments_of(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench/sandbox", description=__doc__)
+    rows = list(Measures.rows(Measures.__new__(Measures)))
+    names = list(contenders())
+    parser.add_argument("--quick", action="store_true", help="at most a minute: few samples, a small root, fewer peers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--rows", help=f"some of {','.join(rows)}")
+    parser.add_argument("--peers", help=f"some of {','.join(names)}; none for an empty text")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--install-peers", action="store_true", help="first install what can be had of the peers; root")
+    parser.add_argument("--work", type=Path, help="where temporary directories are made; ext4, xfs or btrfs")
+    parser.add_argument("--profile", choices=("create", "create-off"), help="only where one create's time goes")
+    parsed = parser.parse_args(argv)
+    parsed.rows = parsed.rows.split(",") if parsed.rows else rows
+    parsed.peers_chosen = parsed.peers is not None
+    if parsed.peers is not None:
+        parsed.peers = [name.strip() for name in parsed.peers.split(",") if name.strip()]
+    else:
+        parsed.peers = list(_QUICK_PEERS) if parsed.quick else names
+    for given, all_of_them in ((parsed.rows, rows), (parsed.peers, names)):
+        for name in given:
+            if name not in all_of_them:
+                parser.error(f"`{name}` is not one of {', '.join(all_of_them)}")
+    return parsed
+
+
+def main() -> None:
+    arguments = arguments_of(sys.argv[1:])
+    peers = _CHECKOUT / ".cache/bench"
+    peers.mkdir(parents=True, exist_ok=True)
+    if arguments.install_peers:
+        install_peers(peers)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    private_mounts()
+    if arguments.profile:
+        arguments.quick = True
+        with ground(arguments, peers) as place:
+            profile_create(place, cgroup=arguments.profile == "create")
+        return
+    report = measure(arguments, peers)
+    print(report.text())
+    if arguments.json:
+        report.write(arguments.json)
+    if arguments.check and any(row.holds is False for row in report.rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
