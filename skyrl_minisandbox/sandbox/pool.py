@@ -6,6 +6,7 @@ import atexit
 import collections
 import os
 import threading
+import time
 import weakref
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from skyrl_minisandbox.sandbox.sandbox import Sandbox
 from skyrl_minisandbox.sandbox.spec import SandboxSpec
 
 _WARM_UP = 60.0  # seconds for the first shell to start, on a loaded machine
+_PAUSE = 0.02  # seconds after a `take` before the next one is made, which would slow the first command of the other
 _LAST_ONE = 130.0  # seconds for one that is being made when the pool closes: what the launcher has to answer, and more
 
 
@@ -43,6 +45,7 @@ class Pool:
         self._ready: collections.deque[Sandbox] = collections.deque()
         self._error: BaseException | None = None
         self._closing = False
+        self._taken = 0.0  # when, on the monotonic clock
         self._thread = threading.Thread(target=self._refill, name="minisandbox-pool", daemon=True)
         self._thread.start()
 
@@ -60,6 +63,7 @@ class Pool:
                     raise SandboxError("the pool is closed")
                 error = None
                 sandbox = self._ready.popleft() if self._ready else None
+                self._taken = time.monotonic()
                 if sandbox is None:
                     error, self._error = self._error, None
                 self._condition.notify_all()
@@ -77,6 +81,9 @@ class Pool:
             self._condition.wait_for(lambda: self._full() or self._error is not None, timeout)
             return self._full()
 
+    def _over(self) -> bool:
+        return self._closing
+
     def _full(self) -> bool:
         return len(self._ready) >= self.size
 
@@ -85,6 +92,8 @@ class Pool:
         while True:
             with condition:
                 condition.wait_for(lambda: self._closing or (self._error is None and not self._full()))
+                while self._ready and not self._closing and (rest := self._taken + _PAUSE - time.monotonic()) > 0:
+                    condition.wait(rest)
                 if self._closing:
                     return
             made: Sandbox | None = None
@@ -94,12 +103,12 @@ class Pool:
             except BaseException as caught:
                 error = caught
             with condition:
-                closing = self._closing
-                if made is not None and not closing:
-                    self._ready.append(made)
                 self._error = error
+                if made is not None and not self._over():
+                    self._ready.append(made)
+                    made = None
                 condition.notify_all()
-            if made is not None and closing:
+            if made is not None:
                 made.close()
 
     def _make(self) -> Sandbox:
