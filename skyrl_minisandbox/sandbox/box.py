@@ -51,6 +51,12 @@ class Box:
         self._oom_path: str | None = answer["oom"]
         self._oom_kills = limits.read_oom_kills(self._oom_path) if self._oom_path else -1
         self._sock = socket.socket(fileno=fds[0])
+        self._why = "the sandbox is closed"
+        try:
+            launcher.adopt(self)
+        except BaseException:
+            self._sock.close()
+            raise
 
     def ready(self) -> tuple[str, ...]:
         """Wait until init has verified what was asked for: the protections that are missing, of those that may be.
@@ -101,7 +107,7 @@ class Box:
 
     def _raw_send(self, data: bytes) -> None:
         if self._closed.is_set():
-            raise SandboxGone("the sandbox is closed")
+            raise SandboxGone(self._why)
         try:
             with self._send_lock:
                 self._sock.sendall(data)
@@ -225,6 +231,20 @@ class Box:
                 if keep:
                     raise
                 return {}  # the launcher is gone, and every sandbox with it
+
+    def cut(self) -> None:
+        """The launcher has ended: let init see its owner's end close, and whoever waits for an answer."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def forked(self) -> None:
+        """In a forked child of the owner: closed here, and only here."""
+        self._why = "the sandbox belongs to the process that this one was forked from"
+        self._closed, self._close_lock, self._send_lock = threading.Event(), threading.Lock(), threading.Lock()
+        self._closed.set()
+        self._sock.close()
 
     def hang_up(self) -> None:
         """Give back the socket, when nobody reads from it any more: init sees its owner's end close, and ends."""

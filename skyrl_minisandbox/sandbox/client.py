@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from skyrl_minisandbox.errors import MachineError, SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox.launcher import CONTROL_FD
@@ -42,13 +43,29 @@ _HINTS = {
 }
 
 
+class _Forked(Protocol):
+    def forked(self) -> None:
+        """Called in a forked child of the owner: let go of what is the owner's, and touch nothing of it."""
+
+
+class _Box(Protocol):
+    def cut(self) -> None:
+        """The launcher has ended: let init see its owner's end close."""
+
+
+# What a forked child of this process must let go of. Its locks may be held by threads that it does not have.
+_owned: weakref.WeakSet[_Forked] = weakref.WeakSet()
+
+
 def explain(message: str, number: int, lacks: str) -> SandboxError | SandboxGone | MachineError:
     """The error for what the launcher told."""
     if number == errno.ENOSPC and lacks == "userns":
         message += " (the limit on namespaces is reached)"
     if lacks == "sandbox":
         return SandboxGone(message)
-    if lacks and number != errno.EMFILE:
+    if number == errno.EMFILE:
+        return SandboxError(message, hint="raise the limit on open files before this starts: `ulimit -n 65536`")
+    if lacks:
         return MachineError(message, hint=_HINTS.get(lacks, "run `minisandbox doctor`"))
     return SandboxError(message, hint="run `minisandbox doctor`")
 
@@ -72,10 +89,12 @@ class LauncherClient:
         self._pending: dict[int, concurrent.futures.Future[tuple[dict[str, Any], list[int]]]] = {}
         self._number = 0
         self._closed = False
+        self._boxes: weakref.WeakSet[_Box] = weakref.WeakSet()
         self._released: collections.deque[int] = collections.deque()  # frozen layers that nobody holds any more
         self._log = tempfile.TemporaryFile()
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.owner_pid = os.getpid()
+        keep_from_children(self)
         with theirs:
             self._process = self._start(theirs)
         started: concurrent.futures.Future[tuple[dict[str, Any], list[int]]] = concurrent.futures.Future()
@@ -104,9 +123,9 @@ class LauncherClient:
         """Hand answers to those who wait, until the launcher's end closes."""
         while True:
             try:
-                data, ancillary, _, _ = self._sock.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, flags, _ = self._sock.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC)
             except OSError:
-                data, ancillary = b"", []
+                data, ancillary, flags = b"", [], 0
             fds = array.array("i")
             for level, kind, payload in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -114,17 +133,25 @@ class LauncherClient:
             if not data:
                 break
             answer = json.loads(data)
+            if flags & socket.MSG_CTRUNC:  # the kernel found no number for a descriptor that came along
+                text = "no descriptor is free in this process for what the launcher sent"
+                answer = {"number": answer["number"], "error": text, "errno": errno.EMFILE, "lacks": ""}
             with self._lock:
                 future = self._pending.pop(answer["number"], None)
-            if future is not None:
+            if future is not None and "error" not in answer:
                 future.set_result((answer, list(fds)))
-            else:
-                for fd in fds:
-                    os.close(fd)
+                continue
+            for fd in fds:
+                os.close(fd)
+            if future is not None:
+                future.set_result((answer, []))
         self._process.wait()  # a zombie would keep its cgroup directory from being swept
         with self._lock:
             self._closed = True
             left, self._pending = list(self._pending.values()), {}
+            boxes = list(self._boxes)
+        for box in boxes:  # an init that was just being made has no lifeline to the launcher yet
+            box.cut()
         for future in left:
             future.set_exception(SandboxError(f"the launcher has ended{self._last_words()}"))
 
@@ -169,6 +196,21 @@ class LauncherClient:
             raise explain(answer["error"], answer["errno"], answer["lacks"])
         return answer, received
 
+    def adopt(self, box: _Box) -> None:
+        """Cut its socket when the launcher ends. Raises `SandboxGone` when it has."""
+        with self._lock:
+            if not self._closed:
+                self._boxes.add(box)
+                return
+        box.cut()
+        raise SandboxGone(f"the launcher has ended{self._last_words()}")
+
+    def forked(self) -> None:
+        """In a forked child: the launcher and everything it made stay the parent's."""
+        self._closed = True
+        self._lock = threading.Lock()
+        self._sock.close()
+
     def release(self, layer: int) -> None:
         """A frozen layer is not needed any more. Called by the garbage collector, so it only takes note."""
         self._released.append(layer)
@@ -206,6 +248,22 @@ class LauncherClient:
 
 _shared: LauncherClient | None = None
 _shared_lock = threading.Lock()
+
+
+def keep_from_children(thing: _Forked) -> None:
+    """Have `thing.forked` called in every child that this process forks, for as long as it lives."""
+    _owned.add(thing)
+
+
+def _forked() -> None:
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
+    for thing in list(_owned):
+        thing.forked()
+    _owned.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def shared() -> LauncherClient:

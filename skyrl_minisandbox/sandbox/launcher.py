@@ -273,16 +273,34 @@ class Launcher:
         poll = select.poll()
         poll.register(self._sock.fileno(), select.POLLIN)
         poll.register(wake_read, select.POLLIN)
+        owner = self._owner_pidfd()
+        if owner >= 0:
+            poll.register(owner, select.POLLIN)
         try:
             while True:
                 for fd, _ in poll.poll():
                     if fd == wake_read:
                         os.read(wake_read, 4096)
                         self._reap()
-                    elif not self._receive():
+                    elif fd == owner or not self._receive():
                         return
         finally:
             self.close()
+
+    def _owner_pidfd(self) -> int:
+        """Tells the owner's end even while a child that it forked holds its end of the socket; -1 where none can be had.
+
+        Who made the socket is our parent; while it is, its id is nobody else's.
+        """
+        pid, _, _ = struct.unpack("3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            return -1
+        if os.getppid() == pid:
+            return fd
+        os.close(fd)
+        return -1
 
     def _receive(self) -> bool:
         data, ancillary, _, _ = self._sock.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 8))

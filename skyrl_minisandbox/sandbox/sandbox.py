@@ -66,6 +66,7 @@ class Sandbox:
         self._close_lock = threading.Lock()
         self._closed = False
         self._used_upper = False  # the directory that the spec names is one sandbox's, once
+        client.keep_from_children(self)
         self._shells: list[Shell] = []
         self._first_shell: Shell | None = None  # started before anybody asked for it, by a pool
 
@@ -466,6 +467,14 @@ class Sandbox:
             raise OSError(answer["code"], os.strerror(answer["code"]), request.get("prefix") or "/")
 
     # The end
+
+    def forked(self) -> None:
+        """Called in a forked child of the owner: closed there, and only there."""
+        self._lock, self._close_lock = threading.Lock(), threading.Lock()
+        self._closed = True
+        self._upper = None
+        if hasattr(self, "_box"):
+            self._box.forked()
 
     def _still_open(self) -> None:
         if self._closed:
