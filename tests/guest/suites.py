@@ -1,0 +1,92 @@
+"""tests/sandbox and tests/security in a guest, once for each way a machine may be set up, and what came of it."""
+
+from __future__ import annotations
+
+import collections
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.guest.machine import Outcome, Run, boot
+
+# (name, who, place, what must not be skipped for lack of)
+_WAYS = (
+    ("root", "root", "session", "root,userns,rootless,overlay,cgroup,hypothesis,git"),
+    ("user-delegated", "guest", "leaf", "userns,overlay,cgroup,hypothesis,git"),
+    ("user", "guest", "session", "userns,overlay,hypothesis,git"),
+    ("root-without-cgroup", "root", "none", "root,userns,rootless,overlay,hypothesis,git"),
+)
+_EACH = 40 * 60.0  # seconds, of a run
+_TOTAL = 150 * 60.0
+
+
+def run(kernel: str, arguments: Sequence[str], out: Path, accelerators: Sequence[str] = ()) -> int:
+    """Boot once, run every way, print a summary; 0 when each ran and passed.
+
+    arguments: of pytest, instead of the two directories and the fast tier.
+    """
+    chosen = tuple(arguments) or ("--tier=fast", "tests/sandbox", "tests/security")
+    runs = []
+    for name, who, place, must in _WAYS:
+        # tests/sandbox/test_as_a_user.py is the run `user` here.
+        script = (
+            'python3 -m tests.orphans "$(python3 -c "from tests.support import seconds; print(seconds(10))")" '
+            'python3 -m pytest -q -p no:cacheprovider -o faulthandler_timeout=900 --junitxml="$OUT/junit.xml" '
+            '--ignore=tests/sandbox/test_as_a_user.py "$@" 2>&1 | tee "$OUT/log"; exit "${PIPESTATUS[0]}"'
+        )
+        argv = ("bash", "-c", script, "pytest", *chosen)
+        runs.append(Run(name, who, place, argv, _EACH, (("MINISANDBOX_MUST_RUN", must),)))
+    started = time.monotonic()
+    outcome = boot(kernel, runs, _TOTAL, out, accelerators)
+    failed = report(outcome, [run.name for run in runs])
+    print(f"guest: {time.monotonic() - started:.0f} s in all; logs and JUnit files: {out}")
+    return 1 if failed else 0
+
+
+def report(outcome: Outcome, names: Sequence[str]) -> list[str]:
+    """Print a summary of each run; the names of those that failed, did not happen, or held no test."""
+    print(f"\n=== Linux {outcome.results.get('kernel', '(the guest said nothing)')}, "
+          f"Python {outcome.results.get('python', '?')}")
+    listed = outcome.results.get("runs")
+    done = {str(run["name"]): run for run in listed} if isinstance(listed, list) else {}
+    failed = []
+    for name in names:
+        if name not in done:
+            failed.append(name)
+            print(f"{name}: DID NOT RUN")
+            continue
+        run = done[name]
+        counts, skips, broken = _junit(outcome.directory / name / "junit.xml")
+        good = run["ended"] and run["exit"] == 0 and counts["passed"] > 0
+        if not good:
+            failed.append(name)
+        state = "ok" if good else "FAILED" if run["ended"] else "OVER TIME"
+        print(f"{name} ({run['who']}, cgroup: {run['place']}): {state}: {counts['passed']} passed, "
+              f"{counts['failed']} failed, {counts['skipped']} skipped in {run['seconds']:.0f} s")
+        for test in broken:
+            print(f"    failed: {test}")
+        for reason, count in sorted(skips.items()):
+            print(f"    skipped {count}: {reason}")
+    return failed
+
+
+def _junit(path: Path) -> tuple[dict[str, int], collections.Counter[str], list[str]]:
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    skips: collections.Counter[str] = collections.Counter()
+    broken = []
+    try:
+        cases = list(ElementTree.parse(path).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        cases = []
+    for case in cases:
+        skipped = case.find("skipped")
+        if skipped is not None:
+            counts["skipped"] += 1
+            skips[skipped.get("message", "")] += 1
+        elif case.find("failure") is not None or case.find("error") is not None:
+            counts["failed"] += 1
+            broken.append(f"{case.get('classname')}::{case.get('name')}")
+        else:
+            counts["passed"] += 1
+    return counts, skips, broken
