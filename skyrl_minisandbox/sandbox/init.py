@@ -7,6 +7,8 @@ ends, so does init, and with it every process inside.
 
 from __future__ import annotations
 
+import array
+import json
 import os
 import resource
 import signal
@@ -33,11 +35,28 @@ class SetupFailed(Exception):
         self.step, self.number, self.detail = step, number, detail
 
 
-def run_init(request: dict[str, Any], sock: socket.socket, root_fd: int, bind_fds: list[int]) -> None:
-    """Be init. Never returns."""
+def run_init(
+    sock: socket.socket, line: socket.socket, *, network: str, single_id: bool, entries: list[int], cgroup: bool
+) -> None:
+    """Be init: get ready as far as that goes without a request, wait for one on `line`, go on with it. Never returns.
+
+    entries: see `limits.join`.
+    """
     score = OomScore(mounts.HOST + "/proc/self/oom_score_adj")
+    failed: SetupFailed | None = None
+    proc_refused: list[OSError] = []
     try:
-        _set_up(request, root_fd, bind_fds)
+        _get_ready(network, single_id, entries, cgroup, proc_refused)
+    except SetupFailed as error:
+        failed = error
+    request, fds = _request(line)
+    try:
+        if failed is not None:
+            raise failed
+        _set_up(request, fds, single_id, proc_refused[0] if proc_refused else None)
+        server = Server(request, sock, score)
+        if request["shell"] is not None:
+            server.start_shell(request["shell"])
     except SetupFailed as error:
         text = f"{error.step}: {error.detail}".encode(errors="replace")[:2000]
         sock.sendall(wire.frame(Answer.FAILED, 0, wire.ERRNO.pack(error.number) + text))
@@ -45,11 +64,23 @@ def run_init(request: dict[str, Any], sock: socket.socket, root_fd: int, bind_fd
     except BaseException as error:
         sock.sendall(wire.frame(Answer.FAILED, 0, wire.ERRNO.pack(0) + repr(error).encode()[:2000]))
         os._exit(1)
-    sock.sendall(wire.frame(Answer.READY, 0, ",".join(request["lost"]).encode()))
+    server.send_ready(request["lost"])
     try:
-        Server(request, sock, score).serve()
+        server.serve()
     finally:
         os._exit(0)
+
+
+def _request(line: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Wait for a request, and the root and the binds that come with it. The launcher's end is the end."""
+    data, ancillary, _, _ = line.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 254), socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        os._exit(0)
+    line.close()
+    fds = array.array("i")
+    for _, _, payload in ancillary:
+        fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return json.loads(data), list(fds)
 
 
 def _step(name: str, execute: Any) -> None:
@@ -59,24 +90,36 @@ def _step(name: str, execute: Any) -> None:
         raise SetupFailed(name, error.errno or 0, str(error)) from error
 
 
-def _set_up(request: dict[str, Any], root_fd: int, bind_fds: list[int]) -> None:
+def _get_ready(
+    network: str, single_id: bool, entries: list[int], cgroup: bool, proc_refused: list[OSError]
+) -> None:
     for number in range(1, signal.NSIG):
         if number not in (signal.SIGKILL, signal.SIGSTOP, 32, 33):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     os.umask(0o022)
-    _step("cgroup", lambda: limits.join(request["entries"]))
+    _step("cgroup", lambda: limits.join(entries))
     _step("root of the user namespace", _become_root)
     linux.prctl(linux.PR_SET_DUMPABLE, 0)
     _step("lifeline to the launcher", lambda: linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL))
     linux.set_name("minisandbox")
-    if request["cgroup"]:
+    if cgroup:
         _step("cgroup namespace", lambda: linux.unshare(linux.CLONE_NEWCGROUP))
-    _step("host name", lambda: socket.sethostname(request["hostname"]))
-    if request["network"] == "none":
+    if network == "none":
         _step("loopback", linux.loopback_up)
     _step("private mounts", lambda: linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE))
-    for step in mounts.root_steps(request, root_fd, bind_fds):
+    for step in mounts.steps_ahead(single_id):
+        try:
+            step.execute()
+        except OSError as error:
+            if step.describe != "proc at /proc":
+                raise SetupFailed(step.describe, error.errno or 0, str(error)) from error
+            proc_refused.append(error)  # whether it may be missing, the request says
+
+
+def _set_up(request: dict[str, Any], fds: list[int], single_id: bool, proc_refused: OSError | None) -> None:
+    _step("host name", lambda: socket.sethostname(request["hostname"]))
+    for step in mounts.root_steps(request, fds[0], fds[1:], proc_refused):
         _step(step.describe, step.execute)
     _step("core size", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, request["limits"]["core"])))
     if not request["pids_cgroup"]:
@@ -84,7 +127,7 @@ def _set_up(request: dict[str, Any], root_fd: int, bind_fds: list[int]) -> None:
         _step("process limit", lambda: resource.setrlimit(resource.RLIMIT_NPROC, (processes_limit,) * 2))
     _step("capabilities", lambda: linux.set_capabilities(CAPABILITIES))
     _step("no_new_privs", lambda: linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1))
-    program = seccomp.build_filter(os.uname().machine, single_id=request["single_id"])
+    program = seccomp.build_filter(os.uname().machine, single_id=single_id)
     _step("seccomp filter", lambda: linux.set_seccomp(program))
     _verify(request)
 

@@ -24,11 +24,12 @@ import struct
 from typing import Any
 
 from skyrl_minisandbox.sandbox import limits, linux, processes, seccomp, wire
-from skyrl_minisandbox.sandbox.init import run_init
-from skyrl_minisandbox.sandbox.mounts import HOST, NEW_ROOT
+from skyrl_minisandbox.sandbox.mounts import DEV, HOST, NEW_ROOT, PROC
 from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Mounted, Overlays, map_base
+from skyrl_minisandbox.sandbox.spare import Spares
 
 CONTROL_FD = 3
+_REFILL_PAUSE = 10  # milliseconds without a request, then a spare init is made
 
 
 class _Box:
@@ -76,13 +77,14 @@ class Launcher:
             # Slave, not private: what the machine mounts or unmounts later is seen here too, and nothing of ours there.
             linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
             linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=4m")
-            for name in (HOST, "/l", "/s", "/x", NEW_ROOT):
+            for name in (HOST, "/l", "/s", "/x", NEW_ROOT, PROC, DEV):
                 os.mkdir(f"/tmp{name}", 0o755)
             linux.pivot_root("/tmp", f"/tmp{HOST}")
             os.chdir("/")
         except OSError as error:
             raise LauncherError(f"a private root could not be made: {error}", error.errno or 0, "mounts") from error
         self._overlays = Overlays(self._ids, self._holder_userns() if root_mode else -1, root_mode)
+        self._spares = Spares(self._ids, self._cgroups)
         self.facts.update(
             root_mode=root_mode, single_id=self._ids.base is None,
             tmpfs_upper=root_mode or self._overlays.tmpfs_holds_upper(),
@@ -131,81 +133,43 @@ class Launcher:
     def create(self, number: int, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Make a sandbox; the answer and the owner's end of its socket."""
         self._count += 1
-        name = str(self._count)
         held: list[int] = []  # closed at the end
-        ours: list[int] = []  # closed when it fails
-        cgroup = limits.Cgroup()
-        owner_end, init_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        go_read, go_write = os.pipe2(os.O_CLOEXEC)
-        held += [go_read, go_write, init_end.detach()]
-        init_fd = held[-1]
+        mounted: Mounted | None = None
+        spare = self._spares.take(request["network"])
         try:
-            mounted = self._overlays.mount(request, name)
+            # While that is done, one that was made now gets ready.
+            mounted = self._overlays.mount(request, str(self._count))
             held.append(mounted.root)
-            ours += [mounted.view, mounted.upper]
-            bind_fds = []
             for bind in request["binds"]:
-                attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
-                attributes |= linux.MOUNT_ATTR_RDONLY if bind["read_only"] else 0
-                bind["directory"] = os.path.isdir(HOST + bind["source"])
-                try:
-                    fd = self._overlays.tree(bind["source"], attributes)
-                except OSError as error:
-                    raise LauncherError(f"bind {bind['source']}: {error.strerror}", error.errno or 0) from error
-                held.append(fd)
-                bind_fds.append(fd)
+                held.append(self._bind(bind))
             if self._cgroups is not None:
-                cgroup = self._cgroups.create(name, request["limits"])
-            request.update(
-                single_id=self._ids.base is None, cgroup=bool(cgroup), memory_cgroup=self.facts["memory_cgroup"],
-                pids_cgroup=self.facts["pids_cgroup"], entries=cgroup.entries,
-            )
-            flags = (linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWPID | linux.CLONE_NEWIPC
-                     | linux.CLONE_NEWUTS)
-            if request["network"] == "none":
-                flags |= linux.CLONE_NEWNET
-            try:
-                pid, pidfd = linux.clone3(flags, cgroup.into)
-            except OSError as error:
-                raise LauncherError(str(error), error.errno or 0, "userns") from error
-            if pid == 0:
-                self._be_init(request, init_fd, go_read, mounted.root, bind_fds)
-            ours.append(pidfd)
-            self._ids.write_maps(pid)
-            cgroup.close()
-            os.write(go_write, b"g")
+                self._cgroups.limit(spare.cgroup, request["limits"])
+            request.update(memory_cgroup=self.facts["memory_cgroup"], pids_cgroup=self.facts["pids_cgroup"])
+            del request["layers"]
+            spare.hand_over(request, held)
         except BaseException as error:
-            owner_end.close()
-            for fd in ours:
-                os.close(fd)
-            cgroup.remove()
+            self._spares.end(spare)
+            if mounted is not None:
+                mounted.close()
             if isinstance(error, OSError):
                 raise LauncherError(str(error), error.errno or 0) from error
             raise
         finally:
             for fd in held:
                 os.close(fd)
-        self._boxes[self._count] = _Box(pid, pidfd, mounted, request["base"], cgroup)
-        answer = {"box": self._count, "pid": pid, "oom": cgroup.oom_counter.removeprefix(HOST) or None}
-        return answer, [owner_end.detach()]
+        self._boxes[self._count] = _Box(spare.pid, spare.pidfd, mounted, request["base"], spare.cgroup)
+        answer = {"box": self._count, "pid": spare.pid, "oom": spare.cgroup.oom_counter.removeprefix(HOST) or None}
+        return answer, [spare.owner_end.detach()]
 
-    def _be_init(self, request: dict[str, Any], sock_fd: int, go: int, root_fd: int, bind_fds: list[int]) -> None:
-        """In the child: keep only what init needs, wait until the maps are written, go on as init. Never returns."""
+    def _bind(self, bind: dict[str, Any]) -> int:
+        """A detached mount of a path of the machine."""
+        attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
+        attributes |= linux.MOUNT_ATTR_RDONLY if bind["read_only"] else 0
+        bind["directory"] = os.path.isdir(HOST + bind["source"])
         try:
-            signal.set_wakeup_fd(-1)
-            keep = sorted({0, 1, 2, sock_fd, go, root_fd, *bind_fds, *request["entries"]})
-            for low, high in zip(keep, [*keep[1:], 1 << 32], strict=True):
-                linux.close_range(low + 1, high - 1)
-            null = os.open(f"{HOST}/dev/null", os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            os.close(null)
-            if os.read(go, 1) != b"g":
-                os._exit(1)
-            os.close(go)
-            run_init(request, socket.socket(fileno=sock_fd), root_fd, bind_fds)
-        finally:
-            os._exit(1)
+            return self._overlays.tree(bind["source"], attributes)
+        except OSError as error:
+            raise LauncherError(f"bind {bind['source']}: {error.strerror}", error.errno or 0) from error
 
     def destroy(self, number: int, request: dict[str, Any]) -> None:
         """Kill a sandbox; answered when its init has been reaped. keep: what it wrote becomes a layer."""
@@ -278,7 +242,11 @@ class Launcher:
             poll.register(owner, select.POLLIN)
         try:
             while True:
-                for fd, _ in poll.poll():
+                # Not at once: what was just made has the processors to itself.
+                ready = poll.poll(_REFILL_PAUSE if self._spares.missing else None)
+                if not ready:
+                    self._spares.refill()
+                for fd, _ in ready:
                     if fd == wake_read:
                         os.read(wake_read, 4096)
                         self._reap()
@@ -352,6 +320,7 @@ class Launcher:
             if number is not None:
                 code = os.waitstatus_to_exitcode(status)
                 self._answer(number, {"code": code if code >= 0 else errno.EIO})
+            self._spares.reaped(pid)
             for key, box in list(self._boxes.items()):
                 if box.pid == pid:
                     self._forget(key, box)
@@ -381,6 +350,7 @@ class Launcher:
                 pass
             box.waiting.clear()
             self._forget(key, box)
+        self._spares.close()
         if self._cgroups is not None:
             self._cgroups.close()
 

@@ -109,11 +109,11 @@ class Cgroups:
             os.rmdir(probe)
         return [(file, field) for file, field in (_V2 if place.v2 else _V1) if file in names]
 
-    def create(self, name: str, limits: Mapping[str, int]) -> Cgroup:
-        """Make a sandbox's cgroup with the limits of a `spec.Limits` as a dictionary. Raises `OSError`."""
+    def create(self, name: str) -> Cgroup:
+        """Make a sandbox's cgroup, without limits yet. Raises `OSError`."""
         made = Cgroup()
         try:
-            for place, parent, files in self._places:
+            for place, parent, _ in self._places:
                 directory = f"{parent}/{name}"
                 try:
                     os.mkdir(directory)
@@ -121,8 +121,6 @@ class Cgroups:
                     self._prepare(place, parent)
                     os.mkdir(directory)
                 made.directories.append(directory)
-                for file, field in files:
-                    write(f"{directory}/{file}", str(_value(file, limits[field] if field else 0)))
                 if place.v2:
                     made.into = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 else:
@@ -133,6 +131,12 @@ class Cgroups:
             made.remove()
             raise
         return made
+
+    def limit(self, cgroup: Cgroup, limits: Mapping[str, int]) -> None:
+        """Set the limits of a `spec.Limits` as a dictionary. Raises `OSError`."""
+        for directory, (_, _, files) in zip(cgroup.directories, self._places, strict=True):
+            for file, field in files:
+                write(f"{directory}/{file}", str(_value(file, limits[field] if field else 0)))
 
     def close(self) -> None:
         for _, directory, _ in self._places:

@@ -7,6 +7,7 @@ nothing of the image may lead a mount elsewhere (CVE-2021-30465).
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from skyrl_minisandbox.sandbox import linux
 
 NEW_ROOT = "/m"
 HOST = "/host"
+PROC, DEV = "/p", "/d"  # where these are put together, before there is a root for them
 PRIVATE = "/dev/.minisandbox"  # files of the shell; below our own /dev, so in every image and in no layer
 
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -70,50 +72,52 @@ def _attach(fd: int, target: str) -> None:
 
 
 def _dev(single_id: bool) -> None:
-    dev = safe_target("/dev")
-    linux.mount("tmpfs", dev, "tmpfs", linux.MS_NOSUID, "mode=755,size=4m,nr_inodes=4096")
+    linux.mount("tmpfs", DEV, "tmpfs", linux.MS_NOSUID, "mode=755,size=4m,nr_inodes=4096")
     for name in _DEVICES:
-        os.close(os.open(f"{dev}/{name}", os.O_CREAT | os.O_CLOEXEC, 0o666))
-        linux.mount(f"{HOST}/dev/{name}", f"{dev}/{name}", None, linux.MS_BIND)
+        os.close(os.open(f"{DEV}/{name}", os.O_CREAT | os.O_CLOEXEC, 0o666))
+        linux.mount(f"{HOST}/dev/{name}", f"{DEV}/{name}", None, linux.MS_BIND)
     for name, target in _LINKS.items():
-        os.symlink(target, f"{dev}/{name}")
+        os.symlink(target, f"{DEV}/{name}")
     for name in ("pts", "shm", ".minisandbox"):
-        os.mkdir(f"{dev}/{name}", 0o755)
+        os.mkdir(f"{DEV}/{name}", 0o755)
     owner = "" if single_id else ",gid=5"
-    linux.mount("devpts", f"{dev}/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC,
+    linux.mount("devpts", f"{DEV}/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC,
                 f"newinstance,ptmxmode=0666,mode=620{owner}")
+    linux.mount("tmpfs", f"{DEV}/.minisandbox", "tmpfs", _FLAGS | linux.MS_NOEXEC, "mode=711,size=64m,nr_inodes=1024")
 
 
-def _mask(name: str, proc: str) -> None:
-    path = f"{proc}/{name}"
+def _mask(name: str) -> None:
+    path = f"{PROC}/{name}"
     if os.path.lexists(path):
         linux.mount(f"{HOST}/dev/null", path, None, linux.MS_BIND)
 
 
-def _proc(request: dict[str, Any]) -> None:
-    """A proc of our own pid namespace. The kernel forbids it where a path below the machine's /proc is masked, as in
-    a pod without `procMount: Unmasked`; then /proc is empty inside, if `proc` may be lost."""
-    request["lost"] = []
-    try:
-        linux.mount("proc", safe_target("/proc"), "proc", _FLAGS | linux.MS_NOEXEC)
-    except PermissionError:
-        if "proc" not in request["allow_degraded"]:
-            raise
-        request["lost"].append("proc")
-
-
-def _proc_masks(proc: str) -> None:
+def _proc() -> None:
+    linux.mount("proc", PROC, "proc", _FLAGS | linux.MS_NOEXEC)
     for name in _MASKED:
-        _mask(name, proc)
+        _mask(name)
     for name in _MASKED_DIRECTORIES:
-        if os.path.isdir(f"{proc}/{name}"):
-            linux.mount("tmpfs", f"{proc}/{name}", "tmpfs", linux.MS_RDONLY | _FLAGS, "size=0,nr_inodes=1")
+        if os.path.isdir(f"{PROC}/{name}"):
+            linux.mount("tmpfs", f"{PROC}/{name}", "tmpfs", linux.MS_RDONLY | _FLAGS, "size=0,nr_inodes=1")
     for name in _READ_ONLY:
-        path = f"{proc}/{name}"
+        path = f"{PROC}/{name}"
         if os.path.exists(path):
             linux.mount(path, path, None, linux.MS_BIND | linux.MS_REC)
             linux.mount(None, path, None, linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY
                         | _FLAGS | linux.MS_NOEXEC)
+
+
+def _place_proc(request: dict[str, Any], refused: OSError | None) -> None:
+    """A proc of our own pid namespace. The kernel forbids it where a path below the machine's /proc is masked, as in
+    a pod without `procMount: Unmasked`; then /proc is empty inside, if `proc` may be lost."""
+    request["lost"] = []
+    if refused is None:
+        linux.mount(PROC, safe_target("/proc"), None, linux.MS_MOVE)
+    elif refused.errno == errno.EPERM and "proc" in request["allow_degraded"]:
+        safe_target("/proc")
+        request["lost"].append("proc")
+    else:
+        raise refused
 
 
 def _binds(request: dict[str, Any], fds: list[int]) -> None:
@@ -140,20 +144,22 @@ def _enter() -> None:
     os.chdir("/")
 
 
-def root_steps(request: dict[str, Any], root_fd: int, bind_fds: list[int]) -> Iterator[Step]:
-    """The steps from the launcher's file system to the sandbox's own root, in order."""
-    single_id = request["single_id"]
-    memory = request["limits"]["memory"]
-    proc = f"{NEW_ROOT}/proc"
-    yield Step("overlay at /", lambda: _attach(root_fd, NEW_ROOT))
-    yield Step("proc at /proc", lambda: _proc(request))
-    if not request["lost"]:
-        yield Step("masked and read-only paths below /proc", lambda: _proc_masks(proc))
+def steps_ahead(single_id: bool) -> Iterator[Step]:
+    """What is the same in every sandbox, before it has a root; the first of them is /proc, which may be refused."""
+    yield Step("proc at /proc", _proc)
     yield Step("tmpfs, devices and devpts at /dev", lambda: _dev(single_id))
+
+
+def root_steps(
+    request: dict[str, Any], root_fd: int, bind_fds: list[int], proc_refused: OSError | None
+) -> Iterator[Step]:
+    """The steps from the launcher's file system to the sandbox's own root, in order."""
+    memory = request["limits"]["memory"]
+    yield Step("overlay at /", lambda: _attach(root_fd, NEW_ROOT))
+    yield Step("proc at /proc", lambda: _place_proc(request, proc_refused))
+    yield Step("/dev", lambda: linux.mount(DEV, safe_target("/dev"), None, linux.MS_MOVE))
     yield Step("tmpfs at /dev/shm", lambda: linux.mount(
         "tmpfs", f"{NEW_ROOT}/dev/shm", "tmpfs", _FLAGS, f"mode=1777,size={min(memory // 2, 1 << 30)}"))
-    yield Step(f"tmpfs at {PRIVATE}", lambda: linux.mount(
-        "tmpfs", NEW_ROOT + PRIVATE, "tmpfs", _FLAGS | linux.MS_NOEXEC, "mode=711,size=64m,nr_inodes=1024"))
     if request["private_tmp"]:
         yield Step("tmpfs at /tmp and /run", lambda: _private_tmp(request["limits"]["disk"]))
     else:

@@ -53,6 +53,8 @@ class Sandbox:
 
     def __init__(self, spec: SandboxSpec, launcher: client.LauncherClient | None = None) -> None:
         self._prepare(spec, launcher or client.shared(), [])
+        if spec.start_shell:
+            self.prepared(self.shell())
         self._open()
         self._await()
 
@@ -105,10 +107,16 @@ class Sandbox:
         return {
             "layers": layers, "base": len(spec.layers), "keep": list(spec.keep), "hostname": spec.hostname,
             "binds": [{**dataclasses.asdict(bind), "source": os.path.realpath(bind.source)} for bind in spec.binds],
-            "network": spec.network, "limits": bounds, "private_tmp": spec.private_tmp,
+            "shell": self._started_shell(), "network": spec.network, "limits": bounds, "private_tmp": spec.private_tmp,
             "allow_degraded": list(spec.allow_degraded),
             "upper": os.path.realpath(self._upper) if self._upper is not None else None,
         }
+
+    def _started_shell(self) -> dict[str, Any] | None:
+        """The first shell, for init to start at once; none where a shell must read first what it goes on with."""
+        if not self.spec.start_shell or any(shell._state is not None for shell in self._shells):
+            return None
+        return self._shells[0].ask()
 
     def _place_upper(self) -> Path | None:
         """The directory of an upper on disk, made; None for a tmpfs."""
@@ -141,7 +149,7 @@ class Sandbox:
     @property
     def alive(self) -> bool:
         """Whether its init is there. Asked while nothing is under way; costs no answer from inside."""
-        return not self._closed and self._box.alive
+        return not self._closed and self._launcher.alive and self._box.alive
 
     # Commands
 
@@ -177,8 +185,8 @@ class Sandbox:
             return self._box.result(request, timeout)
 
     def shell(self, *, user: str | None = None, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Shell:
-        """A new persistent bash. It starts with its first command; a sandbox of a `Pool` has one that has started, for
-        who asks first and without arguments."""
+        """A new persistent bash. It starts with its first command; with `spec.start_shell` and from a `Pool`
+        there is one that has started, for who asks first and without arguments."""
         with self._lock:
             if self._first_shell is not None and user is None and env is None and cwd is None:
                 first, self._first_shell = self._first_shell, None
@@ -187,6 +195,10 @@ class Sandbox:
             shell = Shell(self, key, self._environment(env), cwd or self.spec.workdir, user)
             self._shells.append(shell)
         return shell
+
+    def prepared(self, shell: Shell) -> None:
+        """That one is what the first `shell()` gives."""
+        self._first_shell = shell
 
     @property
     def shells(self) -> tuple[Shell, ...]:

@@ -64,12 +64,17 @@ class Server:
         self._coming: dict[int, tuple[dict[str, Any], bytearray]] = {}  # long shell commands, in DATA frames
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def serve(self) -> None:
-        """Until the owner's end of the socket closes."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._poll.register(self._wake_read, select.EPOLLIN)
         self._poll.register(self._sock.fileno(), select.EPOLLIN)
+
+    def send_ready(self, lost: list[str]) -> None:
+        """Tell that everything that was asked for is in force but what is named."""
+        self._send(Answer.READY, 0, ",".join(lost).encode())
+
+    def serve(self) -> None:
+        """Until the owner's end of the socket closes."""
         while True:
             for fd, events in self._poll.poll(self._wait()):
                 if fd == self._sock.fileno():
@@ -184,9 +189,7 @@ class Server:
             shell.restored, shell.exit_code = ask.get("restored", False), ask.get("code", 0)
         try:
             if not shell.pid:
-                shell.start()
-                self._poll.register(shell.control, select.EPOLLIN)
-                self._by_output[shell.control] = None
+                self._start(shell)
             output = shell.begin(ask["command"])
         except OSError as error:
             if isinstance(error, BlockingIOError):
@@ -199,6 +202,18 @@ class Server:
         command.shell = shell
         self._commands[request] = command
         self._watch(command, output, 1)
+
+    def start_shell(self, ask: dict[str, Any]) -> None:
+        """Start one before its first command comes: bash gets ready while that is on its way."""
+        shell = self._shells[ask["shell"]] = Bash(
+            ask["shell"], ask["env"], ask["cwd"], ask["user"], self._rlimits, self._score
+        )
+        self._start(shell)
+
+    def _start(self, shell: Bash) -> None:
+        shell.start()
+        self._poll.register(shell.control, select.EPOLLIN)
+        self._by_output[shell.control] = None
 
     def _refuse(self, request: int, text: str) -> None:
         command = Command(request, 0, None, self._limits["output"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skyrl_minisandbox.sandbox import wire
 from skyrl_minisandbox.sandbox.mounts import PRIVATE
@@ -37,10 +37,7 @@ class Shell:
             command = data.decode()
         with sandbox._lock:
             box = sandbox._box
-            ask = {
-                "shell": self._key, "env": self._env, "cwd": self._cwd, "user": self._user, "timeout": timeout,
-                "command": command,
-            }
+            ask = {**self.ask(), "timeout": timeout, "command": command}
             state, self._state = self._state, None
             if state is not None:
                 ask.update(cwd=state.cwd, code=state.code, restored=self._restore(state))
@@ -55,6 +52,10 @@ class Shell:
             notice = f"A snapshot of the sandbox was taken, for which these background processes were ended: {ended}."
             result = dataclasses.replace(result, notice=f"{notice} {result.notice}".strip())
         return result
+
+    def ask(self) -> dict[str, Any]:
+        """What its bash is started with, for init."""
+        return {"shell": self._key, "env": self._env, "cwd": self._cwd, "user": self._user}
 
     def _restore(self, state: ShellState) -> bool:
         """Lay the exports and functions where the new bash reads them; whether there are any."""

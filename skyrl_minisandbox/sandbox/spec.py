@@ -107,6 +107,7 @@ class SandboxSpec:
         `on_disk` in any case. Any number of sandboxes may have the same.
     on_disk: the upper is on disk, though a tmpfs could hold it: slower, and no memory of the sandbox's.
     private_tmp: mount a tmpfs at /tmp and /run, so that nothing of them gets into the upper (builds).
+    start_shell: start the bash of the first `shell()` at once, for whoever will use one.
     allow_degraded: names of protections that may be missing; one missing and not named is an error.
     """
 
@@ -122,6 +123,7 @@ class SandboxSpec:
     scratch: Path | None = None
     on_disk: bool = False
     private_tmp: bool = False
+    start_shell: bool = False
     allow_degraded: tuple[str, ...] = ()
 
 

@@ -52,7 +52,7 @@ ERRNO = struct.Struct("!i")
 # A shell: length of its key, its last exit code, length of its directory; key, directory and what it exports as bash
 # text follow.
 SHELL = struct.Struct("!HBI")
-LARGEST_STATE = 900_000  # bytes of that text; beyond it (nobody's functions are) a shell starts with its first environment
+LARGEST_STATE = 900_000  # bytes of it; beyond that (nobody's functions are) a shell starts with its first environment
 MOST_ENDED = 100  # command lines of ended processes that are told
 
 TIMED_OUT = 1

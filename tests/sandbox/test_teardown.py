@@ -17,7 +17,8 @@ import pytest
 from skyrl_minisandbox.errors import SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox import Bind, Sandbox, SandboxSpec
 from skyrl_minisandbox.sandbox.client import LauncherClient
-from tests.support import needs
+from skyrl_minisandbox.sandbox.spare import READY_MADE
+from tests.support import needs, seconds
 
 OWNER = """
 import sys, time
@@ -45,6 +46,17 @@ def gone(pids: list[int], seconds: float = 5.0) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def settled(launcher: LauncherClient, sandboxes: int = 0) -> list[int]:
+    """Wait until a launcher has the inits in store that it makes ahead; the pids of all its inits."""
+    deadline = time.monotonic() + seconds(20)
+    while time.monotonic() < deadline:
+        inits = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+        if len(inits) == sandboxes + READY_MADE:
+            return inits
+        time.sleep(0.03)
+    raise AssertionError("the launcher does not come to rest")
 
 
 def inside(init: int) -> list[int]:
@@ -120,14 +132,18 @@ def test_cgroups_are_gone_after_close_and_swept_after_a_crash(spec: SandboxSpec)
         return [str(p) for p in Path("/sys/fs/cgroup").rglob(f"minisandbox-{launcher.pid}-*")]
 
     first = LauncherClient()
-    Sandbox(spec, first).close()
-    assert ours(first) and not [p for d in ours(first) for p in Path(d).iterdir() if p.is_dir()]
+    sandbox = Sandbox(spec, first)
+    processes = [p for d in ours(first) for p in Path(d).glob("*/cgroup.procs")]
+    its = [p.parent for p in processes if str(sandbox.pid) in p.read_text().split()]
+    sandbox.close()
+    assert its and not any(directory.exists() for directory in its)
     first.close()
     assert ours(first) == []
     second = LauncherClient()
     sandbox = Sandbox(spec, second)
+    inits = [sandbox.pid, *settled(second, 1)]
     os.kill(second.pid, signal.SIGKILL)
-    assert gone([sandbox.pid])
+    assert gone(inits)
     second.close()
     assert ours(second) != []
     third = LauncherClient()
@@ -145,10 +161,12 @@ def test_many_sandboxes_leave_no_descriptor_and_no_mount(spec: SandboxSpec) -> N
         mounts = len(Path(f"/proc/{launcher.pid}/mountinfo").read_text().splitlines()) if os.geteuid() == 0 else 0
         return mine, theirs, mounts
 
+    settled(launcher)
     before = held()
     for _ in range(30):
         with Sandbox(spec, launcher) as sandbox:
             sandbox.shell().run("true")
+    settled(launcher)
     assert held() == before
     launcher.close()
 
@@ -157,10 +175,12 @@ def test_many_sandboxes_leave_no_descriptor_and_no_mount(spec: SandboxSpec) -> N
 def test_a_sandbox_that_cannot_be_made_leaves_no_descriptor(spec: SandboxSpec) -> None:
     launcher = LauncherClient()
     Sandbox(spec, launcher).close()
+    settled(launcher)
     before = len(os.listdir(f"/proc/{launcher.pid}/fd"))
     for _ in range(5):
         with pytest.raises(SandboxError, match="bind /nowhere"):
             Sandbox(dataclasses.replace(spec, binds=(Bind("/nowhere", "/opt"),)), launcher)
+    settled(launcher)
     assert len(os.listdir(f"/proc/{launcher.pid}/fd")) == before
     launcher.close()
 
