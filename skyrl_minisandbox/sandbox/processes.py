@@ -9,8 +9,9 @@ import os
 import pwd
 import resource
 import signal
-from collections.abc import Iterator
-from typing import Any, NoReturn
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 from skyrl_minisandbox.sandbox import linux
 
@@ -18,6 +19,8 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what a shell exits with
 
 _OOM_SCORE = 500
 _HIGHEST_FD = (1 << 32) - 1
+_ROUNDS = 100  # of looking for processes that are not stopped yet, in one attempt
+_LAST_ATTEMPT = 5
 
 
 class OomScore:
@@ -178,25 +181,34 @@ def exit_code(status: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _parents() -> dict[int, tuple[int, int]]:
-    """pid -> (parent, session) of every process inside."""
+class _Process(NamedTuple):
+    """A line of the table: fields 3, 4, 6 and 22 of /proc/PID/stat."""
+
+    alive: bool
+    parent: int
+    session: int
+    start: int  # clock ticks since the machine's
+
+
+def _table() -> dict[int, _Process]:
+    """Every process inside but init."""
     table = {}
     for name in os.listdir("/proc"):
-        if name.isdigit():
+        if name.isdigit() and name != "1":
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
                     fields = file.read().rpartition(b")")[2].split()
             except OSError:
                 continue
-            table[int(name)] = (int(fields[1]), int(fields[3]))
+            table[int(name)] = _Process(fields[0] not in (b"Z", b"X"), int(fields[1]), int(fields[3]), int(fields[19]))
     return table
 
 
 def command_lines(spare: set[int], most: int) -> list[bytes]:
     """What runs inside, but for `spare` and zombies: command lines of at most 200 bytes."""
     found = []
-    for pid in sorted(_parents()):
-        if pid in spare or not _running(pid):
+    for pid, process in sorted(_table().items()):
+        if pid in spare or not process.alive:
             continue
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -209,58 +221,85 @@ def command_lines(spare: set[int], most: int) -> list[bytes]:
     return found
 
 
-def descendants(root: int) -> set[int]:
-    """The processes below `root`, itself left out, and those of its session that lost their parent."""
-    table = _parents()
-    found: set[int] = set()
-    growing = True
-    while growing:
-        growing = False
-        for pid, (parent, session) in table.items():
-            if pid not in found and pid not in (1, root) and (
-                parent == root or parent in found or session == root
-            ):
-                found.add(pid)
-                growing = True
-    return found
+def moment() -> tuple[int, int]:
+    """Now, as processes have it: (clock ticks since the machine's start, the last process number that was given)."""
+    try:
+        with open("/proc/loadavg", "rb") as file:
+            last = int(file.read().split()[-1])
+    except OSError:
+        last = 0
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")), last
 
 
-def kill_all(pids: set[int]) -> None:
+def belonging(root: int, since: tuple[int, int] | None, others: frozenset[int]) -> set[int]:
+    """The living processes that a command started, `root` itself left out. See `kill_command`."""
+    table = _table()
+    since = since or (table[root].start if root in table else 0, root)
+
+    def is_new(pid: int) -> bool:
+        return (table[pid].start, pid) > since
+
+    old = {process.session for pid, process in table.items() if pid != root and not is_new(pid)} | others
+    known: dict[int, bool] = {root: True, **dict.fromkeys(others - {root}, False)}
+
+    def is_ours(pid: int) -> bool:
+        chain = []
+        while pid not in known:
+            chain.append(pid)
+            parent, session = table[pid].parent, table[pid].session
+            if not is_new(pid):
+                known[pid] = False
+            elif parent not in table and parent != root:  # an orphan, which has become init's
+                known[pid] = session == root or session not in old
+            elif parent in chain:  # a number was given anew while the table was read
+                known[pid] = True
+            else:
+                pid = parent
+        for child in chain:
+            known.setdefault(child, known[pid])
+        return known[pid]
+
+    return {pid for pid, process in table.items() if pid != root and process.alive and is_ours(pid)}
+
+
+def kill_all(pids: Iterable[int], sign: int = signal.SIGKILL) -> None:
     for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, sign)
 
 
-def kill_tree(root: int, spare: frozenset[int] = frozenset(), *, itself: bool = True) -> None:
-    """Kill `root` and what it started, until nothing new appears. `spare` and what is below it live on.
+def kill_command(
+    root: int, since: tuple[int, int] | None, others: frozenset[int], *, itself: bool = True, attempt: int = 1
+) -> None:
+    """Kill what a command started since a `moment`, daemons too, and `root` if told so. since: None for root's start.
 
-    A process that left both the tree and the session (a daemon) is not found; it ends with the sandbox. Without a
-    /proc only the process group can be told: `root` goes too, whatever `itself` says.
+    others: roots of other trees (shells), which live on with what is below them, as does everything that was there
+    before. One command runs at a time, so a newer process belongs to it, unless its living ancestors lead to an older
+    one, or, as an orphan, it is in an older one's session. Only a daemon that a daemon of *before* makes meanwhile, in
+    a session of its own, is taken for the command's.
+
+    A subreaper (PR_SET_CHILD_SUBREAPER on `root`) would tell orphans apart without that exception, and was not taken:
+    what runs inside would see it. A daemon's parent would not be 1, which programs ask for to see that theirs has died,
+    and ended daemons would stay zombies, for which `kill -0` still finds a process, as no test runner reaps strangers.
+
+    First everything is stopped, and what was not forked yet cannot be; then it is killed: a fork bomb would fill each
+    place that a killed process leaves. Where even that finds new ones without end, the last attempt kills everything
+    inside. Without a /proc only the process group can be told: `root` goes too, whatever `itself` says.
     """
     if not os.path.exists("/proc/self"):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(root, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         return
-    for _ in range(100):
-        spared = set(spare)
-        for pid in spare:
-            spared |= descendants(pid)
-        found = descendants(root) - spared
-        if itself:
-            found.add(root)
-        alive = {pid for pid in found if _running(pid)}
-        if not alive:
-            return
-        kill_all(alive)
-
-
-def _running(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except OSError:
-        return False
+    kill_all({root}, signal.SIGSTOP)
+    stopped: set[int] = set()
+    for _ in range(_ROUNDS):
+        running = belonging(root, since, others) - stopped
+        if not running:
+            break
+        kill_all(running, signal.SIGSTOP)
+        stopped |= running
+    else:
+        if attempt >= _LAST_ATTEMPT:
+            stopped = {-1}
+    kill_all(stopped)
+    kill_all({root}, signal.SIGKILL if itself else signal.SIGCONT)
