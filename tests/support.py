@@ -112,17 +112,34 @@ def _overlay() -> str:
 
 
 def _cgroup() -> str:
-    """A memory cgroup that we may make children of (v2 with the controller enabled, or v1)."""
-    unified = Path("/sys/fs/cgroup/cgroup.controllers")
-    root = Path("/sys/fs/cgroup") if unified.exists() else Path("/sys/fs/cgroup/memory")
-    if unified.exists() and "memory" not in unified.read_text().split():
-        return "cgroup v2 without the memory controller"
-    probe = root / f"minisandbox-probe-{os.getpid()}"
+    """A memory cgroup that we may make children of (v2 with the controller to be had for them, or v1)."""
+    if not Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        return _can_make(Path("/sys/fs/cgroup/memory"))
+    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
+    reasons = []
+    # Ours holds processes, so that it may not give the controller to children (unless it is the root); one above may.
+    for path in (Path("/sys/fs/cgroup" + own), *Path("/sys/fs/cgroup" + own).parents[: own.rstrip("/").count("/")]):
+        given = "memory" in (path / "cgroup.subtree_control").read_text().split()
+        could = "memory" in (path / "cgroup.controllers").read_text().split() and os.access(
+            path / "cgroup.subtree_control", os.W_OK
+        )
+        if not given and not (could and (len(path.parts) == 4 or not (path / "cgroup.procs").read_text())):
+            reason = f"{path} cannot give the memory controller to its children"
+        else:
+            reason = _can_make(path)
+        if not reason:
+            return ""
+        reasons.append(reason)
+    return "; ".join(reasons)
+
+
+def _can_make(parent: Path) -> str:
+    probe = parent / f"minisandbox-probe-{os.getpid()}"
     try:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        return f"no writable memory cgroup: {error.strerror}"
+        return f"no writable memory cgroup: {parent}: {error.strerror}"
     return ""
 
 

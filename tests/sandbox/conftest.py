@@ -43,10 +43,13 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def spec(layer: Path) -> SandboxSpec:
+def spec(layer: Path, tmp_path_factory: pytest.TempPathFactory) -> SandboxSpec:
     require("userns", "overlay")
     limits = Limits(memory=512 * MIB, processes=200, disk=64 * MIB, output=MIB)
-    return SandboxSpec((layer,), base_binds(), ("/usr/local",), workdir="/testbed", limits=limits)
+    scratch = tmp_path_factory.mktemp("scratch")  # only where a plain user's upper cannot be on tmpfs (Linux 6.1)
+    return SandboxSpec(
+        (layer,), base_binds(), ("/usr/local",), workdir="/testbed", limits=limits, scratch=scratch
+    )
 
 
 @pytest.fixture
