@@ -33,7 +33,7 @@ def measure(state: Iterable[Path]) -> Held:
     """Of this process with all below it, of the machine's kernel, and of directories on disk."""
     facts = _meminfo()
     return Held(
-        private=sum(_private(pid) for pid in descendants([os.getpid()])),
+        private=sum(private(pid) for pid in descendants([os.getpid()])),
         kernel=sum(facts.get(name, 0) for name in _KERNEL), shmem=facts["Shmem"], disk=sum(map(_blocks, state)),
     )
 
@@ -50,7 +50,8 @@ def shmem() -> int:
     return _meminfo()["Shmem"]
 
 
-def _private(pid: int) -> int:
+def private(pid: int) -> int:
+    """Bytes that only this process has."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

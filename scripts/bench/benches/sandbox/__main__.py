@@ -97,7 +97,17 @@ def ground(arguments: argparse.Namespace, peers: Path) -> Iterator[Ground]:
             archive = root.environment_archive(work / "environment.tar.gz")
         yield Ground(work, place, name, archive, peers)
     finally:
+        _unmount_below(work)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _unmount_below(directory: Path) -> None:
+    """What a peer left mounted there when it failed."""
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        target = line.split(" ")[4]
+        if target.startswith(f"{directory}/"):
+            with contextlib.suppress(OSError):
+                linux.umount(target)
 
 
 def private_mounts() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from benches import memory
-from benches.contender import Absent, Contender, Ground, Held, Seat, Stopwatch
+from benches.contender import Absent, Contender, Ground, Held, Seat, Stopwatch, descendants
 from benches.report import Bar, Report, Row
 from benches.sampling import alternate
 from benches.sandbox.floor import Floor
@@ -92,7 +92,8 @@ class Measures:
         def sample(contender: Contender) -> Callable[[], float]:
             def one() -> float:
                 seat, seconds = contender.open()
-                ended.setdefault(contender.name, []).append(seat.close())
+                gone = seat.close()
+                ended.setdefault(contender.name, []).append(gone)
                 return seconds
 
             return one
@@ -265,35 +266,55 @@ class Measures:
         self._add("fork, 100 MB of changes: memory that is copied", "MB", copied, (Bar(1.0),))
 
     def memory(self) -> None:
-        private: dict[str, float] = {}
-        kernel: dict[str, float] = {}
-        both: dict[str, float] = {}
-        disk: dict[str, float] = {}
+        """Kernel memory is the whole machine's, before and after: the median of some turns, and no number at all when
+        what else runs here drowns it."""
+        found: dict[str, list[memory.Held]] = {}
         failed: dict[str, str] = {}
-        for contender in self._all():
-            try:
-                wanted, budget = (10, 1.0) if self._quick else (60, 4.0)
-                count = max(3, min(wanted, int(budget / self._create_time(contender))))
-                contender.hold(2).release()  # what is made once is there
-                time.sleep(SETTLE)
-                before = memory.measure(contender.state())
-                held = contender.hold(count)
+        wanted, budget, turns = (10, 1.0, 1) if self._quick else (60, 3.0, 3)
+        for turn in range(turns):
+            for contender in self._all():
                 try:
-                    time.sleep(SETTLE / 2)
-                    took = memory.measure(contender.state()) - before
-                finally:
-                    held.release()
-            except Exception as error:
-                failed[contender.name] = f"{type(error).__name__}: {error}"
-                continue
-            name = contender.name
-            private[name], kernel[name] = took.private / count / 1e6, took.kernel / count / 1e6
-            both[name] = private[name] + kernel[name]
-            disk[name] = max(took.shmem + took.disk, 0) / count / 1e3
+                    one = self._create_time(contender)
+                    if contender.name in failed or (turn and one > 0.1):
+                        continue
+                    count = max(3, min(wanted, int(budget / one)))
+                    found.setdefault(contender.name, []).append(self._held(contender, count))
+                except Exception as error:
+                    failed[contender.name] = f"{type(error).__name__}: {error}"
+        private = {name: statistics.median(held.private for held in helds) / 1e6 for name, helds in found.items()}
+        kernel = {name: statistics.median(held.kernel for held in helds) / 1e6 for name, helds in found.items()}
+        disk = {name: statistics.median(held.shmem + held.disk for held in helds) / 1e3 for name, helds in found.items()}
+        for name, value in list(kernel.items()):
+            if value <= 0:
+                failed[name] = "other work on this machine drowned what the kernel took for it"
+                del kernel[name]
+        both = {name: private[name] + value for name, value in kernel.items()}
         self._add("memory of an idle sandbox: private and kernel", "MB", both, (Bar(2.0),), failed)
         self._add("  private pages of its processes", "MB", private)
         self._add("  kernel (slab, stacks, page tables, per-cpu)", "MB", kernel)
         self._add("disk of an idle sandbox (tmpfs included)", "kB", disk, (Bar(64.0),))
+
+    def _held(self, contender: Contender, count: int) -> memory.Held:
+        """What one of `count` idle ones takes, bytes."""
+        contender.hold(2).release()  # what is made once is there
+        time.sleep(SETTLE)
+        before = memory.measure(contender.state())
+        held = contender.hold(count)
+        try:
+            time.sleep(SETTLE / 2)
+            took = memory.measure(contender.state()) - before
+            if contender is self._ours:
+                self._note_processes(held)
+        finally:
+            held.release()
+        return memory.Held(took.private // count, took.kernel // count, took.shmem // count, took.disk // count)
+
+    def _note_processes(self, held: Held) -> None:
+        """Which of its processes have the private pages of ours."""
+        roots = [pid for seat in held.seats for pid in seat.roots()]
+        init = statistics.median(map(memory.private, roots)) / 1e6
+        below = statistics.median(sum(map(memory.private, descendants([pid]))) for pid in roots) / 1e6 - init
+        self._report.notes.append(f"idle, ours: init {init:.2f} MB private, what runs below it {below:.2f} MB")
 
     def live(self) -> None:
         """On two cores: a launcher made here has no others."""

@@ -23,6 +23,7 @@ class _Engine(Contender):
         self._numbers = itertools.count()
         self._base: list[str] = []
         self._options: list[str] = []
+        self._note = ""
 
     def _import(self, ground: Ground) -> None:
         tar = subprocess.Popen(["tar", "-C", ground.root, "-c", "."], stdout=subprocess.PIPE)
@@ -56,7 +57,7 @@ class _Engine(Contender):
 
     def version(self) -> str:
         said = subprocess.run([self._base[0], "--version"], capture_output=True, text=True, timeout=30).stdout
-        return said.replace(",", "").split()[2]
+        return said.replace(",", "").split()[2] + self._note
 
     def state(self) -> list[Path]:
         return [self._place]
@@ -79,16 +80,32 @@ class Podman(_Engine):
             raise Absent("measured as root only")
         self._place = ground.work / "podman"
         self._run = Path(tempfile.mkdtemp(prefix="mspod-"))  # sockets below it: a short path
-        self._base = [
+        base = [
             "podman", "--root", str(self._place), "--runroot", str(self._run), "--tmpdir", str(self._run / "tmp"),
             "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--storage-driver", "overlay",
         ]
+        self._base = base
         try:
             self._import(ground)
         except Absent:
             self.stop()
             raise
-        self._try()
+        # Its limits on files and processes may be above what this process may set; ours are given instead.
+        limits = ["--ulimit", f"nofile={LIMITS.open_files}", "--ulimit", f"nproc={LIMITS.processes}"]
+        reasons = []
+        for runtime in ("crun", "runc"):
+            if shutil.which(runtime) is None:
+                continue
+            self._options = [*limits]
+            self._base = [*base, "--runtime", runtime]
+            self._note = f" ({runtime})"
+            try:
+                self.open()[0].close()
+                return
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                reasons.append(f"{runtime}: {error}")
+        self.stop()
+        raise Absent(f"does not run here: {'; '.join(reasons) or 'no OCI runtime'}")
 
     def stop(self) -> None:
         for argv in (["rm", "--all", "--force", "--time", "0"], ["rmi", "--all", "--force"]):
