@@ -117,8 +117,8 @@ class Bash:
         state = self._path("state")
         line = (
             f"{restore}. {file} </dev/null >{output} 2>&1 {_CONTROL}>&-; __minisandbox_code=$?; "
-            f"{{ builtin export -p; builtin declare -f; }} 2>/dev/null >{state}; "
-            f"builtin printf '%s %d %s\\0' {self._nonce.decode()} $__minisandbox_code \"$PWD\" >&{_CONTROL}; "
+            f"{{ builtin export -p; builtin declare -f; }} 2>/dev/null >|{state}; "
+            f"builtin printf '%s %d %s\\0' {self._nonce.decode()} \"$__minisandbox_code\" \"${{PWD-}}\" >&{_CONTROL}; "
             f"builtin unset __minisandbox_code\n"
         )
         try:
@@ -154,7 +154,8 @@ class Bash:
             if nonce == self._nonce:
                 code, _, cwd = rest.partition(b" ")
                 self.exit_code = int(code) & 0xFF if code.isdigit() and len(code) <= 3 else 1
-                self.cwd = os.fsdecode(cwd)
+                if cwd.startswith(b"/"):  # PWD is the agent's to change
+                    self.cwd = os.fsdecode(cwd)
                 return self.exit_code, self.cwd
         return None
 
