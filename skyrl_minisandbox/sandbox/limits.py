@@ -34,6 +34,11 @@ _V1 = (
 )
 
 
+# What an empty file of tmpfs takes of the memory: 950 bytes; 1,880 with the overlay's own over it (Linux 6.18).
+INODE_BYTES = 2048
+_FEWEST_INODES = 4096
+
+
 class Cgroup:
     """One sandbox's cgroup. Without any directory it is none, and everything here does nothing.
 
@@ -156,6 +161,18 @@ def join(entries: list[int]) -> None:
             os.write(fd, b"0")
         finally:
             os.close(fd)
+
+
+def tmpfs_size(limits: Mapping[str, int], bytes_: int) -> str:
+    """Mount options of a tmpfs that takes so many bytes: its inodes, which are memory too, are bounded with it."""
+    inodes = max(_FEWEST_INODES, min(limits["inodes"], (limits["memory"] - bytes_) // 2 // INODE_BYTES))
+    return f"size={bytes_},nr_inodes={inodes}"
+
+
+def is_full(path: str) -> bool:
+    """Whether a file system has no room or no inode left. One without a number of inodes (btrfs) has enough."""
+    found = os.statvfs(path)
+    return found.f_bavail == 0 or (found.f_files > 0 and found.f_favail == 0)
 
 
 def read_oom_kills(path: str) -> int:

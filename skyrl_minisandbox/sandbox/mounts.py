@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from skyrl_minisandbox.sandbox import linux
+from skyrl_minisandbox.sandbox.limits import tmpfs_size
 
 NEW_ROOT = "/m"
 HOST = "/host"
@@ -131,9 +132,18 @@ def _binds(request: dict[str, Any], fds: list[int]) -> None:
             os.close(fd)
 
 
-def _private_tmp(size: int) -> None:
-    for path, mode in (("/tmp", "1777"), ("/run", "755")):
-        linux.mount("tmpfs", safe_target(path), "tmpfs", _FLAGS, f"mode={mode},size={size}")
+def _private_tmp(limits: dict[str, int]) -> None:
+    for path, mode, part in (("/tmp", "1777", 2), ("/run", "755", 16)):
+        size = tmpfs_size(limits, min(limits["disk"], limits["memory"] // part))
+        linux.mount("tmpfs", safe_target(path), "tmpfs", _FLAGS, f"mode={mode},{size}")
+
+
+def _shm(request: dict[str, Any]) -> None:
+    """/dev/shm, which fills before the memory does, also when a tmpfs upper is full already."""
+    limits = request["limits"]
+    room = limits["memory"] - (limits["disk"] if request["upper"] is None else 0)
+    size = tmpfs_size(limits, min(room // 2, 1 << 30))
+    linux.mount("tmpfs", f"{NEW_ROOT}/dev/shm", "tmpfs", _FLAGS, f"mode=1777,{size}")
 
 
 def _enter() -> None:
@@ -154,14 +164,12 @@ def root_steps(
     request: dict[str, Any], root_fd: int, bind_fds: list[int], proc_refused: OSError | None
 ) -> Iterator[Step]:
     """The steps from the launcher's file system to the sandbox's own root, in order."""
-    memory = request["limits"]["memory"]
     yield Step("overlay at /", lambda: _attach(root_fd, NEW_ROOT))
     yield Step("proc at /proc", lambda: _place_proc(request, proc_refused))
     yield Step("/dev", lambda: linux.mount(DEV, safe_target("/dev"), None, linux.MS_MOVE))
-    yield Step("tmpfs at /dev/shm", lambda: linux.mount(
-        "tmpfs", f"{NEW_ROOT}/dev/shm", "tmpfs", _FLAGS, f"mode=1777,size={min(memory // 2, 1 << 30)}"))
+    yield Step("tmpfs at /dev/shm", lambda: _shm(request))
     if request["private_tmp"]:
-        yield Step("tmpfs at /tmp and /run", lambda: _private_tmp(request["limits"]["disk"]))
+        yield Step("tmpfs at /tmp and /run", lambda: _private_tmp(request["limits"]))
     else:
         yield Step("directory at /tmp", lambda: _tmp_directory())
     yield Step("binds", lambda: _binds(request, bind_fds))

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from skyrl_minisandbox.sandbox import linux
+from skyrl_minisandbox.sandbox.limits import tmpfs_size
 from skyrl_minisandbox.sandbox.mounts import HOST
 
 # Users and groups of a sandbox, as the host sees them: the last 65,536 of the range that systemd documents for
@@ -214,7 +215,8 @@ class Overlays:
         try:
             flags = linux.MS_NOSUID | linux.MS_NODEV
             if request["upper"] is None:
-                linux.mount("tmpfs", stage, "tmpfs", flags, f"mode=755,size={request['limits']['disk']}")
+                size = tmpfs_size(request["limits"], request["limits"]["disk"])
+                linux.mount("tmpfs", stage, "tmpfs", flags, f"mode=755,{size}")
             else:
                 linux.mount(HOST + request["upper"], stage, None, linux.MS_BIND)
             staged = True

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from skyrl_minisandbox.sandbox import processes, tree, wire
+from skyrl_minisandbox.sandbox import limits, processes, tree, wire
 from skyrl_minisandbox.sandbox.bash import Bash
 from skyrl_minisandbox.sandbox.underway import Command, Unpacking, Writing, read_file
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
@@ -43,6 +43,7 @@ class Server:
         self._score = score
         self._sock.setblocking(False)
         self._limits = request["limits"]
+        self._places = ("/", "/dev", "/dev/shm", *(("/tmp", "/run") if request["private_tmp"] else ()))
         self._rlimits = {
             resource.RLIMIT_NOFILE: self._limits["open_files"],
             resource.RLIMIT_CORE: self._limits["core"],
@@ -481,7 +482,7 @@ class Server:
         flags = wire.TIMED_OUT if command.timed_out else 0
         if any(command.capture.dropped.values()):
             flags |= wire.TRUNCATED
-        if os.statvfs("/").f_bavail == 0:
+        if any(limits.is_full(path) for path in self._places):
             flags |= wire.DISK_FULL
         for stream, data in command.capture.chunks():
             kind = Answer.STDOUT if stream == 1 else Answer.STDERR

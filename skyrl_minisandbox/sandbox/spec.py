@@ -33,7 +33,7 @@ class Limits:
     cpu_weight: share of the processors when there are not enough, in the scale of cgroup v2: 1 to 10000, 100 is what
         everybody else has (cpu cgroup; nothing without one).
     inodes: files, directories and links that may be made. On tmpfs fewer where `memory` would not hold them: each
-        takes 1 KiB of it.
+        takes 2 KiB of it.
     core: bytes of a core file; 0 for none.
     command_seconds: the deadline of commands that have no `timeout` of their own; None for none.
 
