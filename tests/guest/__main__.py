@@ -17,7 +17,8 @@ _PLACES = ("top", "session", "delegated", "leaf", "none")
 def main(argv: list[str]) -> int:
     """0: it went well; 1: a run failed; 3: there is no such guest, or it cannot be made here."""
     parser = argparse.ArgumentParser(
-        prog="scripts/guest KERNEL", description=f"Run a command in a qemu guest with another kernel, in a copy of this "
+        prog="scripts/guest KERNEL",
+        description="Run a command in a qemu guest with another kernel, in a copy of this "
         f"checkout. KERNEL is one of {', '.join(KERNELS)}.",
         epilog="Places in the cgroup hierarchy: top, session (nothing delegated), delegated (systemd's Delegate=yes), "
         "leaf (the same, in a leaf of it), none (no cgroup file system). What the command leaves in $OUT is copied to "

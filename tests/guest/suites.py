@@ -36,7 +36,7 @@ def run(kernel: str, arguments: Sequence[str], out: Path, accelerators: Sequence
             '--ignore=tests/sandbox/test_as_a_user.py "$@" 2>&1 | tee "$OUT/log"; exit "${PIPESTATUS[0]}"'
         )
         argv = ("bash", "-c", script, "pytest", *chosen)
-        runs.append(Run(name, who, place, argv, _EACH, (("MINISANDBOX_MUST_RUN", must),)))
+        runs.append(Run(name, who, place, argv, _EACH, (("MINISANDBOX_MUST_RUN", must), ("PYTHONUNBUFFERED", "1"))))
     started = time.monotonic()
     outcome = boot(kernel, runs, _TOTAL, out, accelerators)
     failed = report(outcome, [run.name for run in runs])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import OrdinaryUser, needs
+from tests.support import OrdinaryUser, needs, seconds
 
 
 @pytest.mark.ci
@@ -24,7 +24,8 @@ def test_every_promise_holds_for_an_ordinary_user(user: OrdinaryUser) -> None:
     for path in target.rglob("*"):
         shutil.chown(path, user.uid, user.gid)
     done = user.run(
-        [user.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/sandbox", "-rs"], cwd=target, timeout=300
+        [user.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/sandbox", "-rs"], cwd=target,
+        timeout=seconds(300),
     )
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

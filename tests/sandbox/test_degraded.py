@@ -12,7 +12,7 @@ import pytest
 from skyrl_minisandbox.errors import SandboxError
 from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
 from tests.sandbox.conftest import make_layer
-from tests.support import OrdinaryUser, needs
+from tests.support import OrdinaryUser, needs, seconds
 
 PROGRAM = """
 import sys
@@ -42,7 +42,8 @@ def test_a_masked_proc_is_refused_with_the_way_out_and_may_be_lost_by_name(user:
         script = 'mount --bind /dev/null /proc/kcore 2>/dev/null || mount --bind /dev/null /proc/kmsg; exec "$@"'
         argv = ["unshare", "-m", "bash", "-c", script, "pod", "setpriv", f"--reuid={user.uid}", f"--regid={user.gid}",
                 "--clear-groups", str(user.python), "-c", PROGRAM, str(layer), *lost]
-        done = subprocess.run(argv, env=user.environment(), capture_output=True, text=True, timeout=60, cwd=user.home)
+        done = subprocess.run(argv, env=user.environment(), capture_output=True, text=True, timeout=seconds(60),
+                              cwd=user.home)
         return done.stdout + done.stderr
 
     refused = inside_a_pod()

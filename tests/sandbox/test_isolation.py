@@ -13,6 +13,7 @@ import pytest
 
 from skyrl_minisandbox.errors import SandboxError
 from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
+from tests.support import seconds
 
 PROBE = r"""
 import ctypes, os, socket, sys
@@ -25,7 +26,7 @@ print(eval(sys.argv[1]))
 
 
 def probe(sandbox: Sandbox, expression: str) -> str:
-    result = sandbox.run(["python3", "-c", PROBE, expression], timeout=30)
+    result = sandbox.run(["python3", "-c", PROBE, expression], timeout=seconds(30))
     return result.output.strip()
 
 
@@ -205,7 +206,7 @@ def test_the_machines_interpreter_is_never_to_be_had(sandbox: Sandbox) -> None:
     sandbox.run("setsid python3 /tmp/spy.py >/dev/null 2>&1 &")
     for _ in range(300):
         sandbox.run(["/bin/true"], user="0")
-    sandbox.run("touch /tmp/stop; while [ ! -s /tmp/found ]; do sleep 0.1; done", timeout=20)
+    sandbox.run("touch /tmp/stop; while [ ! -s /tmp/found ]; do sleep 0.1; done", timeout=seconds(20))
     found = sandbox.read_file("/tmp/found").decode().splitlines()
     assert found and os.path.realpath(sys.executable) not in found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from skyrl_minisandbox.sandbox import Sandbox
-from tests.support import needs
+from tests.support import needs, seconds
 
 MIB = 1 << 20
 
@@ -42,7 +42,7 @@ def test_more_memory_than_the_limit_cannot_be_had(sandbox: Sandbox) -> None:
 
 
 def test_a_fork_bomb_ends_at_the_process_limit(sandbox: Sandbox) -> None:
-    result = sandbox.run(":(){ :|:& }; : 2>/dev/null; sleep 1; echo end", timeout=20)
+    result = sandbox.run(":(){ :|:& }; : 2>/dev/null; sleep 1; echo end", timeout=seconds(20))
     assert "end" in result.output or result.exit_code != 0
     sandbox.freeze()
     assert sandbox.run("echo on").output == "on\n"
@@ -69,7 +69,7 @@ def test_a_commands_score_for_memory_is_raised_and_never_lowered(layer: Path) ->
     )
     for own, wanted in (("100", "500"), ("900", "900")):
         done = subprocess.run(
-            [sys.executable, "-c", script, str(layer), own], capture_output=True, text=True, timeout=60,
+            [sys.executable, "-c", script, str(layer), own], capture_output=True, text=True, timeout=seconds(60),
             cwd=Path(__file__).resolve().parents[2],
         )
         assert done.stdout.strip() == wanted, done.stderr

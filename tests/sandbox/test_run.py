@@ -11,6 +11,7 @@ import pytest
 
 from skyrl_minisandbox.errors import SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox import Limits, Sandbox, SandboxSpec
+from tests.support import seconds
 
 MIB = 1 << 20
 
@@ -28,8 +29,8 @@ def test_binary_output_and_input_survive(sandbox: Sandbox) -> None:
 
 
 def test_input_that_nobody_reads_does_not_hang(sandbox: Sandbox) -> None:
-    assert sandbox.run(["true"], input=b"x" * 8_000_000, timeout=20).exit_code == 0
-    assert sandbox.run(["sleep", "30"], input=b"x" * 8_000_000, timeout=0.3).timed_out
+    assert sandbox.run(["true"], input=b"x" * 8_000_000, timeout=seconds(20)).exit_code == 0
+    assert sandbox.run(["sleep", "30"], input=b"x" * 8_000_000, timeout=seconds(0.3)).timed_out
     assert sandbox.run("echo next").output == "next\n"
 
 
@@ -64,19 +65,19 @@ def test_a_signal_is_told_as_a_shell_tells_it(sandbox: Sandbox) -> None:
 
 
 def test_a_timeout_kills_the_tree_and_keeps_the_output(sandbox: Sandbox) -> None:
-    result = sandbox.run("echo before; (sleep 4321 & sleep 4321); echo after", timeout=0.4)
+    result = sandbox.run("echo before; (sleep 4321 & sleep 4321); echo after", timeout=seconds(0.4))
     assert (result.timed_out, result.exit_code, result.output) == (True, 124, "before\n")
     assert "4321" not in sandbox.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '").output.replace("cat", "")
 
 
 def test_a_command_that_ignores_signals_ends_at_its_timeout(sandbox: Sandbox) -> None:
     started = time.monotonic()
-    result = sandbox.run("trap '' INT TERM HUP QUIT; while :; do sleep 0.05; done", timeout=0.3)
-    assert result.timed_out and time.monotonic() - started < 10
+    result = sandbox.run("trap '' INT TERM HUP QUIT; while :; do sleep 0.05; done", timeout=seconds(0.3))
+    assert result.timed_out and time.monotonic() - started < seconds(10)
 
 
 def test_a_background_job_does_not_hold_the_result_and_lives_on(sandbox: Sandbox) -> None:
-    result = sandbox.run("(while :; do echo alive; sleep 0.01; done) & echo $!", timeout=20)
+    result = sandbox.run("(while :; do echo alive; sleep 0.01; done) & echo $!", timeout=seconds(20))
     assert not result.timed_out
     pid = result.output.split()[0] if result.output.split()[0].isdigit() else result.output.split()[-1]
     time.sleep(0.2)
@@ -86,7 +87,7 @@ def test_a_background_job_does_not_hold_the_result_and_lives_on(sandbox: Sandbox
 def test_very_many_background_jobs_are_no_exception(open_sandbox: Callable[..., Sandbox]) -> None:
     sandbox = open_sandbox(limits=Limits(processes=100, disk=MIB, memory=1 << 30))
     # dash, as bash tries a refused fork again for 15 seconds
-    codes = [sandbox.run(["dash", "-c", "sleep 600 & true"], timeout=30).exit_code for _ in range(120)]
+    codes = [sandbox.run(["dash", "-c", "sleep 600 & true"], timeout=seconds(30)).exit_code for _ in range(120)]
     assert codes[:50] == [0] * 50 and codes[-1] != 0  # at the process limit a command is refused, as a shell does
     sandbox.freeze()
     assert sandbox.run("echo on").output == "on\n"
@@ -131,7 +132,7 @@ def test_close_ends_a_command_under_way(open_sandbox: Callable[..., Sandbox]) ->
 def test_interrupt_ends_the_command_and_keeps_the_sandbox(sandbox: Sandbox) -> None:
     timer = threading.Timer(0.2, sandbox.interrupt)
     timer.start()
-    assert sandbox.run("sleep 60", timeout=30).exit_code == 137
+    assert sandbox.run("sleep 60", timeout=seconds(30)).exit_code == 137
     timer.join()
     assert sandbox.run("echo on").output == "on\n"
 

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from skyrl_minisandbox.sandbox import Sandbox, Shell
+from tests.support import seconds
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_directory_variables_functions_and_status_stay(shell: Shell) -> None:
 )
 def test_a_shell_that_ends_gives_its_code_and_a_fresh_one_goes_on(shell: Shell, command: str, exit_code: int) -> None:
     shell.run("cd /tmp; export KEPT=yes; f() { echo f; }")
-    result = shell.run(command, timeout=10)
+    result = shell.run(command, timeout=seconds(10))
     assert (result.exit_code, result.timed_out) == (exit_code, False)
     assert "started anew in /tmp" in result.notice
     assert shell.run("pwd; echo $KEPT; f").output == "/tmp\nyes\nf\n"
@@ -50,7 +51,7 @@ def test_a_shell_that_ends_gives_its_code_and_a_fresh_one_goes_on(shell: Shell, 
     ],
 )
 def test_what_a_terminal_would_garble_is_right(shell: Shell, command: str, output: str) -> None:
-    assert shell.run(command, timeout=10).output == output
+    assert shell.run(command, timeout=seconds(10)).output == output
     assert shell.run("echo next").output == "next\n"
 
 
@@ -61,12 +62,12 @@ def test_a_syntax_error_is_a_result(shell: Shell) -> None:
 
 
 def test_a_command_of_ten_megabytes(shell: Shell) -> None:
-    result = shell.run("cat > /tmp/big <<'EOF'\n" + "y" * 10_000_000 + "\nEOF\nwc -c < /tmp/big", timeout=30)
+    result = shell.run("cat > /tmp/big <<'EOF'\n" + "y" * 10_000_000 + "\nEOF\nwc -c < /tmp/big", timeout=seconds(30))
     assert result.output == "10000001\n"
 
 
 def test_an_earlier_background_job_does_not_write_into_a_later_result(shell: Shell) -> None:
-    first = shell.run("(sleep 0.2; echo late) & echo started", timeout=10)
+    first = shell.run("(sleep 0.2; echo late) & echo started", timeout=seconds(10))
     assert first.output.startswith("started") and "late" not in first.output
     time.sleep(0.4)
     assert shell.run("echo clean").output == "clean\n"
@@ -74,7 +75,7 @@ def test_an_earlier_background_job_does_not_write_into_a_later_result(shell: She
 
 def test_a_timeout_kills_the_command_and_spares_the_shell_and_its_jobs(shell: Shell) -> None:
     job = shell.run("cd /tmp; PLAIN=kept; sleep 300 & echo $!").output.split()[-1]
-    result = shell.run("echo before; sleep 300; echo never", timeout=0.4)
+    result = shell.run("echo before; sleep 300; echo never", timeout=seconds(0.4))
     assert result.timed_out and result.exit_code == 124
     assert result.output.startswith("before\n")
     assert shell.run(f"pwd; kill -0 {job} && echo job lives").output == "/tmp\njob lives\n"
@@ -82,15 +83,15 @@ def test_a_timeout_kills_the_command_and_spares_the_shell_and_its_jobs(shell: Sh
 
 def test_a_loop_without_processes_costs_the_shell_but_not_its_state(shell: Shell) -> None:
     shell.run("cd /tmp; export KEPT=yes")
-    result = shell.run("while :; do :; done", timeout=0.3)
+    result = shell.run("while :; do :; done", timeout=seconds(0.3))
     assert result.timed_out and result.notice
     assert shell.run("pwd; echo $KEPT").output == "/tmp\nyes\n"
 
 
 def test_closing_every_descriptor_loses_at_most_the_shell(shell: Shell) -> None:
     shell.run("cd /tmp")
-    shell.run("for n in $(seq 0 255); do eval \"exec $n>&-\" 2>/dev/null; done", timeout=3)
-    assert shell.run("pwd", timeout=10).output == "/tmp\n"
+    shell.run("for n in $(seq 0 255); do eval \"exec $n>&-\" 2>/dev/null; done", timeout=seconds(3))
+    assert shell.run("pwd", timeout=seconds(10)).output == "/tmp\n"
 
 
 def test_two_shells_are_apart(sandbox: Sandbox) -> None:
@@ -107,18 +108,18 @@ def test_many_commands_in_turn_are_each_answered_by_their_own_output(shell: Shel
 
 def test_a_pipe_where_our_file_was_holds_nobody(sandbox: Sandbox, shell: Shell) -> None:
     shell.run("true")
-    shell.run("cd /dev/.minisandbox; rm -f *; mkfifo s1.command s2.state", timeout=10)
-    assert shell.run("echo on", timeout=10).output == "on\n"
-    assert sandbox.shell().run("echo on", timeout=10).output == "on\n"
+    shell.run("cd /dev/.minisandbox; rm -f *; mkfifo s1.command s2.state", timeout=seconds(10))
+    assert shell.run("echo on", timeout=seconds(10)).output == "on\n"
+    assert sandbox.shell().run("echo on", timeout=seconds(10)).output == "on\n"
 
 
 def test_a_shell_whose_input_was_filled_gives_way_to_a_fresh_one(shell: Shell) -> None:
     fill = "(printf 'sleep 1000000\\n'; head -c 200000 /dev/zero) > /proc/$p/fd/0"
-    shell.run(f"p=$$; (sleep 0.2; {fill}) & true", timeout=10)
+    shell.run(f"p=$$; (sleep 0.2; {fill}) & true", timeout=seconds(10))
     time.sleep(1)
-    refused = shell.run("echo on", timeout=10)
+    refused = shell.run("echo on", timeout=seconds(10))
     assert refused.exit_code == 126 or refused.output == "on\n"
-    assert shell.run("echo on", timeout=10).output == "on\n"
+    assert shell.run("echo on", timeout=seconds(10)).output == "on\n"
 
 
 def test_half_a_surrogate_pair_is_a_result(shell: Shell) -> None:

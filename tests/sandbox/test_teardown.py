@@ -39,13 +39,15 @@ def alive(pid: int) -> bool:
         return False
 
 
-def gone(pids: list[int], seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def gone(pids: list[int], limit: float | None = None) -> bool:
+    deadline = time.monotonic() + (seconds(5) if limit is None else limit)
+    while True:
+        late = time.monotonic() > deadline  # before looking: a machine that stood still fails nobody
         if not any(alive(pid) for pid in pids):
             return True
+        if late:
+            return False
         time.sleep(0.01)
-    return False
 
 
 def settled(launcher: LauncherClient, sandboxes: int = 0) -> list[int]:
