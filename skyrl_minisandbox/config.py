@@ -22,6 +22,9 @@ if typing.TYPE_CHECKING:
 
 C = TypeVar("C", bound="Config")
 
+MOST_READY = 64
+"""Sandboxes that a worker keeps ready for one image, at most: more than a node of 32 CPUs has slots."""
+
 _SIZE = re.compile(r"(\d+)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -122,12 +125,21 @@ class RewardConfig(Config):
 
 @dataclass
 class SandboxConfig(Config):
-    """What one sandbox may use. Reaching a limit is told to the agent; the rollout goes on.
+    """What one sandbox may use, and how it is made. Reaching a limit is told to the agent; the rollout goes on.
 
     memory: of the whole sandbox, its files included (they are in memory).
     processes: processes and threads in the whole sandbox.
     disk: what may be written; below `memory`, so that a full disk does not look like a lack of memory.
     output: kept of each command's output; the middle of more is cut.
+    open_files: files that one process may have open.
+    inodes: files, directories and links that may be made.
+    core: largest core file of a process that crashes; 0 for none.
+    cpu_weight: share of the processors when there are not enough: 1 to 10000, 100 is what everybody else has.
+    command_seconds: the deadline of a command for which nobody else sets one; 0: none.
+    upper: where what is written goes. `tmpfs`: to memory. `disk`: below `images.cache`, for tasks that write more than
+        memory holds; slower, and `disk` is looked at every few seconds.
+    pool: sandboxes that each worker keeps ready for each image in use, so that opening one takes a millisecond; each
+        takes about 2 MB of memory. 0: none.
     allow_degraded: names of protections that may be missing (`minisandbox doctor` lists them). Each
         one makes the sandbox weaker, so one that is missing and not named is an error.
     """
@@ -136,6 +148,13 @@ class SandboxConfig(Config):
     processes: int = 1024
     disk: str = "2GiB"
     output: str = "2MiB"
+    open_files: int = 16384
+    inodes: int = 500_000
+    core: str = "0"
+    cpu_weight: int = 100
+    command_seconds: float = 0.0
+    upper: str = "tmpfs"
+    pool: int = 0
     allow_degraded: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -144,17 +163,37 @@ class SandboxConfig(Config):
         for name in ("memory", "disk", "output"):
             if parse_size(getattr(self, name), f"sandbox.{name}") <= 0:
                 raise InputError(f"`sandbox.{name}` must be above 0")
+        if self.upper not in ("tmpfs", "disk"):
+            raise InputError(f"`sandbox.upper={self.upper}` must be `tmpfs` or `disk`")
+        if not 0 <= self.pool <= MOST_READY:
+            raise InputError(f"`sandbox.pool={self.pool}` must be from 0 to {MOST_READY}")
+        limits = self.limits()
+        if self.upper == "tmpfs" and limits.disk >= limits.memory:
+            raise InputError(
+                f"`sandbox.disk={self.disk}` must be below `sandbox.memory={self.memory}` while what is written is in "
+                "memory, or a full disk would look like running out of it",
+                hint="sandbox.upper=disk, or more memory",
+            )
 
     def limits(self) -> "Limits":
-        """The same in bytes, as the sandbox wants it."""
+        """The same in bytes, as the sandbox wants it. Raises `InputError` for what it does not take."""
+        from skyrl_minisandbox.errors import SandboxError
         from skyrl_minisandbox.sandbox.spec import Limits
 
-        return Limits(
-            memory=parse_size(self.memory, "sandbox.memory"),
-            processes=self.processes,
-            disk=parse_size(self.disk, "sandbox.disk"),
-            output=parse_size(self.output, "sandbox.output"),
-        )
+        try:
+            return Limits(
+                memory=parse_size(self.memory, "sandbox.memory"),
+                processes=self.processes,
+                disk=parse_size(self.disk, "sandbox.disk"),
+                output=parse_size(self.output, "sandbox.output"),
+                open_files=self.open_files,
+                inodes=self.inodes,
+                core=parse_size(self.core, "sandbox.core"),
+                cpu_weight=self.cpu_weight,
+                command_seconds=self.command_seconds or None,
+            )
+        except SandboxError as error:
+            raise InputError(error.message.replace("limits.", "sandbox.", 1)) from None
 
 
 @dataclass

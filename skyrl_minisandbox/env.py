@@ -156,6 +156,8 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
             reward=config.reward.name,
             limits=config.sandbox.limits(),
             allow_degraded=tuple(config.sandbox.allow_degraded),
+            on_disk=config.sandbox.upper == "disk",
+            pool=config.sandbox.pool,
             bounds=config.rollout,
             max_turns=self.max_turns,
         )

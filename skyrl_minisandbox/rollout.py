@@ -44,6 +44,7 @@ from skyrl_minisandbox.tasks.task import Task
 if TYPE_CHECKING:
     from skyrl_minisandbox.images import Cache, Store
     from skyrl_minisandbox.images.cache import Checkout
+    from skyrl_minisandbox.images.pools import Pools
     from skyrl_minisandbox.rewards import TestReport
     from skyrl_minisandbox.sandbox import Sandbox
     from skyrl_minisandbox.sandbox.client import LauncherClient
@@ -64,6 +65,7 @@ class RolloutRequest:
 
     rollout_id: unique in the cluster for all time.
     max_turns: answers before the end; 0: no bound.
+    on_disk: what its sandboxes write goes to disk. pool: sandboxes kept ready for its image; 0: none.
     """
 
     rollout_id: str
@@ -74,6 +76,8 @@ class RolloutRequest:
     allow_degraded: tuple[str, ...] = ()
     bounds: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     max_turns: int = 0
+    on_disk: bool = False
+    pool: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +116,12 @@ class Turn:
 class Rollout:
     """One episode. `open`, `step`, `close` come one after the other; `abort` at any time, from any thread."""
 
-    def __init__(self, request: RolloutRequest, *, store: Store, cache: Cache, node: str) -> None:
+    def __init__(
+        self, request: RolloutRequest, *, store: Store, cache: Cache, node: str, pools: Pools | None = None
+    ) -> None:
         self.request = request
         self.stuck = False  # its scaffold ignored the cancellation: the worker cannot be trusted any more
-        self._store, self._cache, self._node = store, cache, node
+        self._store, self._cache, self._node, self._pools = store, cache, node, pools
         self._serial = threading.Lock()  # one of open, step, close at a time
         self._boxes = threading.Lock()  # guards _sandboxes and _aborted
         self._sandboxes: list[Sandbox] = []
@@ -382,16 +388,20 @@ class Rollout:
 
     # -- sandboxes --------------------------------------------------------------------------------
 
-    def _open_sandbox(self) -> Sandbox:
-        """A fresh sandbox of the task's image, known to `abort`."""
+    def _open_sandbox(self, *, ready: bool = True) -> Sandbox:
+        """A fresh sandbox of the task's image, known to `abort`. ready: it may be one that was made before."""
+        from skyrl_minisandbox.images.pools import Wanted
         from skyrl_minisandbox.sandbox import Sandbox
 
         checkout = self._checkout
         if checkout is None or self._launcher is None:
             raise NodeError("the rollout was given up")
         request = self.request
-        spec = checkout.sandbox_spec(limits=request.limits, allow_degraded=request.allow_degraded)
-        sandbox = Sandbox(spec, self._launcher)
+        wanted = Wanted(request.limits, request.allow_degraded, request.on_disk)
+        if ready and request.pool and self._pools is not None:
+            sandbox = self._pools.take(checkout.image, wanted, request.pool, self._launcher)
+        else:
+            sandbox = Sandbox(wanted.spec(checkout), self._launcher)
         with self._boxes:
             if not self._aborted:
                 self._sandboxes.append(sandbox)
@@ -402,7 +412,7 @@ class Rollout:
     def _node_is_healthy(self) -> bool:
         """The one probe: does a new sandbox of the same image, from the same launcher, work?"""
         try:
-            with self._open_sandbox() as sandbox:
+            with self._open_sandbox(ready=False) as sandbox:
                 return sandbox.run(["true"], timeout=30).exit_code == 0
         except MiniSandboxError:
             return False

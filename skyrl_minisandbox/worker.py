@@ -29,6 +29,7 @@ from skyrl_minisandbox.rollout import Rollout, RolloutRequest, Turn, one_line
 
 if TYPE_CHECKING:
     from skyrl_minisandbox.images import Cache, Store
+    from skyrl_minisandbox.images.pools import Pools
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +57,13 @@ class Worker:
         self._notify = notify
         self._lock = threading.Lock()  # guards _rollouts and the two below
         self._rollouts: dict[str, Rollout] = {}
-        self._images: tuple[Store, Cache] | None = None
+        self._images: tuple[Store, Cache, Pools] | None = None
         self._closing = False
 
     def open(self, request: RolloutRequest) -> Turn:
         """Start a rollout and run it to its scaffold's first question."""
-        store, cache = self._store_and_cache()
-        rollout = Rollout(request, store=store, cache=cache, node=self._setup.node)
+        store, cache, pools = self._places()
+        rollout = Rollout(request, store=store, cache=cache, node=self._setup.node, pools=pools)
         with self._lock:
             if self._closing:
                 raise NodeError("the worker process is ending")
@@ -87,11 +88,13 @@ class Worker:
         return turn
 
     def end(self) -> None:
-        """Give up every rollout and end the launcher."""
+        """Give up every rollout, end what waits in pools, and the launcher."""
         with self._lock:
             self._closing = True
             rollouts = list(self._rollouts.values())
-        threads = [threading.Thread(target=rollout.abort, daemon=True) for rollout in rollouts]
+            pools = self._images[2] if self._images is not None else None
+        endings = [rollout.abort for rollout in rollouts] + ([pools.close] if pools is not None else [])
+        threads = [threading.Thread(target=ending, daemon=True) for ending in endings]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -100,12 +103,14 @@ class Worker:
         if launcher is not None:
             launcher.shutdown_launcher()
 
-    def _store_and_cache(self) -> tuple[Store, Cache]:
+    def _places(self) -> tuple[Store, Cache, Pools]:
         from skyrl_minisandbox.images import Cache, Store
+        from skyrl_minisandbox.images.pools import Pools
 
         with self._lock:
             if self._images is None:
-                self._images = (Store(Path(self._setup.store)), Cache(Path(self._setup.cache)))
+                store, cache = Store(Path(self._setup.store)), Cache(Path(self._setup.cache))
+                self._images = (store, cache, Pools(store, cache))
             return self._images
 
     def _rollout(self, rollout_id: str) -> Rollout:

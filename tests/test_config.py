@@ -45,6 +45,26 @@ def test_the_sandbox_is_that_of_the_sandbox_room_by_default() -> None:
     assert EnvConfig().sandbox.limits() == Limits()
 
 
+def test_every_limit_of_a_sandbox_has_its_key() -> None:
+    given = {
+        "memory": "1GiB", "processes": 7, "disk": "1M", "output": "2K", "open_files": 99, "inodes": 98, "core": "5",
+        "cpu_weight": 3, "command_seconds": 9,
+    }
+    limits = make_config({"sandbox": given}).sandbox.limits()
+    assert dataclasses.asdict(limits) == {
+        "memory": 1 << 30, "processes": 7, "disk": 1 << 20, "output": 2048, "open_files": 99, "inodes": 98, "core": 5,
+        "cpu_weight": 3, "command_seconds": 9.0,
+    }
+
+
+def test_more_disk_than_memory_needs_an_upper_on_disk() -> None:
+    given = {"memory": "1GiB", "disk": "8GiB"}
+    with pytest.raises(InputError, match=r"must be below `sandbox\.memory=1GiB`") as raised:
+        make_config({"sandbox": given})
+    assert raised.value.hint == "sandbox.upper=disk, or more memory"
+    assert make_config({"sandbox": {**given, "upper": "disk"}}).sandbox.limits().disk == 8 << 30
+
+
 def test_paths_are_absolute_and_stores_elsewhere_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     config = make_config({"images": {"store": "store", "cache": "~/cache"}, "out": "runs/1"})
@@ -64,6 +84,11 @@ def test_paths_are_absolute_and_stores_elsewhere_are_left_alone(monkeypatch: pyt
         ({"rollout": {"turns": -1}}, "`rollout.turns=-1` must be 0 (no bound) or above", ""),
         ({"images": 3}, "`images` must have keys of its own, but is 3", ""),
         ({"sandbox": {"memory": "lots"}}, "`sandbox.memory=lots` is not a size", "`sandbox.memory=4GiB`"),
+        ({"sandbox": {"inode": 3}}, "unknown key `sandbox.inode`", "did you mean `inodes`?"),
+        ({"sandbox": {"upper": "ram"}}, "`sandbox.upper=ram` must be `tmpfs` or `disk`", ""),
+        ({"sandbox": {"pool": -1}}, "`sandbox.pool=-1` must be from 0 to 64", ""),
+        ({"sandbox": {"cpu_weight": 0}}, "sandbox.cpu_weight is 0; it must be from 1 to 10000", ""),
+        ({"sandbox": {"core": "big"}}, "`sandbox.core=big` is not a size", "`sandbox.core=4GiB`"),
         ({"cluster": "slurm"}, "`cluster.kind=slurm` must be `ray` or `local`", ""),
         ({"cluster": {"workers": True}}, "`cluster.workers=True` must be a whole number", ""),
         ({"grading": "kind"}, "`grading=kind` must be `official`", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import signal
@@ -70,6 +71,20 @@ def test_more_rollouts_than_slots_start_at_once(node: Node) -> None:
     ends = [node.close(each.rollout_id, True, EndedBy.LENGTH) for each in asked]
     assert {end.result(SECONDS).finished.record.task_id for end in ends} == {f"small-{n}" for n in range(5)}  # type: ignore[union-attr]
     assert node.status().open == 0
+
+
+def test_ready_sandboxes_go_with_the_node(setup: NodeSetup) -> None:
+    node = Node(setup)
+    asked = [dataclasses.replace(request(small_task(f"small-{n}")), pool=2) for n in range(4)]
+    for future in [node.open(each) for each in asked]:
+        assert future.result(SECONDS).messages
+    for each in asked:
+        node.step(each.rollout_id, SOLVE).result(SECONDS)
+        assert node.step(each.rollout_id, "submit").result(SECONDS).finished.record.reward == 1.0  # type: ignore[union-attr]
+    below = [process.pid for pid in node.status().pids for process in descendants(pid)]
+    assert below
+    node.shutdown()
+    assert all(gone(pid) for pid in below)
 
 
 def test_a_rollout_that_is_given_up_is_gone(node: Node) -> None:

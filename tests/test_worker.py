@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from skyrl_minisandbox.record import EndedBy
 from skyrl_minisandbox.rollout import Rollout
 from skyrl_minisandbox.worker import Worker, WorkerSetup
 from tests.small import SOLVE, build_small_image, request, small_task
-from tests.support import needs
+from tests.support import needs, seconds
 
 pytestmark = needs("userns", "overlay", "git")
 
@@ -54,6 +55,34 @@ def test_a_fault_of_our_own_code_leaves_no_sandbox(worker: Worker, monkeypatch: 
         worker.step(asked.rollout_id, "true")
     assert not Path(f"/proc/{init}").exists()
     assert worker._rollouts == {}
+
+
+def test_a_pool_gives_its_rollouts_ready_sandboxes_and_ends_with_its_worker(worker: Worker) -> None:
+    first, second = (dataclasses.replace(request(small_task()), pool=2) for _ in range(2))
+    worker.open(first)
+    ((pool, _),) = worker._places()[2]._pools.values()
+    assert pool.wait_full(seconds(30))
+    waiting = [sandbox.pid for sandbox in pool._ready]
+    worker.open(second)
+    assert worker._rollouts[second.rollout_id]._sandbox.pid in waiting  # type: ignore[union-attr]
+    worker.step(second.rollout_id, SOLVE)
+    finished = worker.step(second.rollout_id, "submit").finished
+    assert finished is not None and finished.record.reward == 1.0  # graded in ready ones too
+    assert pool.wait_full(seconds(30))
+    waiting = [sandbox.pid for sandbox in pool._ready]
+    worker.end()
+    assert not [pid for pid in waiting if Path(f"/proc/{pid}").exists()]
+
+
+def test_an_upper_on_disk_lies_in_the_cache_and_goes_with_the_rollout(worker: Worker) -> None:
+    asked = dataclasses.replace(request(small_task()), on_disk=True)
+    worker.open(asked)
+    worker.step(asked.rollout_id, "echo x > mark-of-the-upper")
+    scratch = worker._places()[1].scratch()
+    assert list(scratch.rglob("mark-of-the-upper"))
+    worker.step(asked.rollout_id, SOLVE)
+    assert worker.step(asked.rollout_id, "submit").finished.record.reward == 1.0  # type: ignore[union-attr]
+    assert not list(scratch.iterdir())
 
 
 def test_the_end_gives_up_what_is_open(worker: Worker) -> None:

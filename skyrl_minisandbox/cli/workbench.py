@@ -121,7 +121,11 @@ class Workbench:
 
         config = self.settings.env.sandbox
         with self.cache.checkout(image, self.store) as checkout:
-            spec = checkout.sandbox_spec(limits=config.limits(), allow_degraded=tuple(config.allow_degraded))
+            spec = checkout.sandbox_spec(
+                limits=config.limits(),
+                allow_degraded=tuple(config.allow_degraded),
+                on_disk=config.upper == "disk",
+            )
             yield lambda: Sandbox(spec)
 
 

@@ -75,9 +75,13 @@ class Checkout:
         network: str = "none",
         upper: Path | None = None,
         env: Mapping[str, str] | None = None,
+        on_disk: bool = False,
         **more: Any,
     ) -> SandboxSpec:
-        """What to open a sandbox with. `more` are further fields of SandboxSpec; `env` is added to the image's."""
+        """What to open a sandbox with. `more` are further fields of SandboxSpec; `env` is added to the image's.
+
+        on_disk: what is written goes to a directory of this cache, though memory could hold it.
+        """
         binds = tuple(Bind(source, target) for source, target in self.image.binds) + tuple(more.pop("binds", ()))
         return SandboxSpec(
             layers=self.layers,
@@ -88,7 +92,8 @@ class Checkout:
             limits=limits or Limits(),
             network=network,
             upper=upper,
-            scratch=None if tmpfs_holds_upper() else self._cache.scratch(),
+            scratch=self._cache.scratch() if on_disk or not tmpfs_holds_upper() else None,
+            on_disk=on_disk,
             **more,
         )
 

@@ -20,6 +20,10 @@ _PAUSE = 0.02  # seconds after a `take` before the next one is made, which would
 _LAST_ONE = 130.0  # seconds for one that is being made when the pool closes: what the launcher has to answer, and more
 
 
+class PoolClosed(SandboxError):
+    """Nothing is taken from it any more."""
+
+
 class Pool:
     """`size` sandboxes of one spec, each with its first shell started, refilled by a thread of its own.
 
@@ -60,7 +64,7 @@ class Pool:
         while True:
             with self._condition:
                 if self._closing:
-                    raise SandboxError("the pool is closed")
+                    raise PoolClosed("the pool is closed")
                 error = None
                 sandbox = self._ready.popleft() if self._ready else None
                 self._taken = time.monotonic()
