@@ -36,6 +36,8 @@ ACCEPTED = {
     "limit-memory": "without a memory cgroup, as `minisandbox doctor` says",
     "limit-disk": "without a quota for an upper on disk, as `minisandbox doctor` says",
     "limit-inodes": "without a quota for an upper on disk, as `minisandbox doctor` says",
+    "owner-killed": "a machine with more to do than processors takes longer; try again when it is quiet",
+    "launcher-killed": "a machine with more to do than processors takes longer; try again when it is quiet",
     "private-proc": "`sandbox.allow_degraded` names it",
 }
 """What may be WEAK, and why; any other WEAK counts like BAD."""
