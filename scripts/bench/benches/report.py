@@ -21,7 +21,7 @@ class Bar:
 
     def text(self, unit: str) -> str:
         sign = "≥" if self.at_least else "≤"
-        return f"{sign} {self.limit:g}x {self.peer}" if self.peer else f"{sign} {self.limit:g} {unit}"
+        return f"{sign} {self.limit:g}x {self.peer}" if self.peer else f"{sign} {self.limit:g} {unit}".rstrip()
 
     def holds(self, row: Row) -> bool | None:
         """None when one of the two values is not there."""

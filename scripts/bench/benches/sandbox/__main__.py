@@ -23,7 +23,7 @@ from benches.sandbox.measures import Measures
 from benches.sandbox.ours import Ours
 from benches.sandbox.peers import DEBIAN_PACKAGES, PEERS, libraries
 from benches.sandbox.peers.programs import Reference
-from benches.sandbox.profile import profile_create
+from benches.sandbox.profile import WORKS, profile
 from skyrl_minisandbox.sandbox import linux
 
 _CHECKOUT = Path(__file__).resolve().parents[4]
@@ -173,7 +173,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
     parser.add_argument("--install-peers", action="store_true", help="first install what can be had of the peers; root")
     parser.add_argument("--work", type=Path, help="where temporary directories are made; ext4, xfs or btrfs")
-    parser.add_argument("--profile", choices=("create", "create-off"), help="only where one create's time goes")
+    parser.add_argument("--profile", choices=list(WORKS), help="only show where the time of one goes")
     parsed = parser.parse_args(argv)
     parsed.rows = parsed.rows.split(",") if parsed.rows else rows
     parsed.peers_chosen = parsed.peers is not None
@@ -200,7 +200,7 @@ def main() -> None:
     if arguments.profile:
         arguments.quick = True
         with ground(arguments, peers) as place:
-            profile_create(place, cgroup=arguments.profile == "create")
+            profile(place, arguments.profile)
         return
     report = measure(arguments, peers)
     print(report.text())

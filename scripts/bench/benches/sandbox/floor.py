@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -70,6 +71,7 @@ class _Cgroups:
 
     def __init__(self, pid: int) -> None:
         self.lines: list[str] = []
+        name = f"minisandbox-floor-{os.getpid()}-{secrets.token_hex(3)}"
         self.made: list[Path] = []
         points = self._points()
         for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
@@ -77,7 +79,7 @@ class _Cgroups:
             if "minisandbox-" not in path:
                 continue
             theirs = Path(points[controllers] + path)
-            parent = theirs.parent.parent / f"minisandbox-floor-{os.getpid()}"
+            parent = theirs.parent.parent / name
             parent.mkdir()
             self.made.append(parent)
             number = len(self.made) - 1

@@ -20,7 +20,6 @@ from benches.sandbox.ours import Ours, OurSeat, expect
 MIB = 1 << 20
 # Net namespaces are taken apart and RCU waits after each sandbox: a sample starts when that is over. Seconds.
 PAUSE = 0.05
-SETTLE = 1.5
 WIDTH = 32
 
 
@@ -33,13 +32,14 @@ class Measures:
         self._ground, self._report, self._ours, self._quick = ground, report, ours, quick
         self._floor = next((peer for peer in peers if isinstance(peer, Floor)), None)
         self._peers = peers
+        self._settle = 0.4 if quick else 1.5  # seconds; net namespaces and grace periods again, of many at once
         self._create: dict[str, float] = {}  # p50 of a create by contender, seconds
 
     def rows(self) -> dict[str, Callable[[], None]]:
         return {
             "create": self.create, "create-off": self.create_without_cgroup, "pool": self.pool, "rate": self.rate,
-            "shell": self.shell, "run": self.run, "reset": self.reset, "fork": self.fork, "memory": self.memory,
-            "live": self.live,
+            "rate-1": self.rate_of_one, "shell": self.shell, "run": self.run, "reset": self.reset, "fork": self.fork,
+            "memory": self.idle, "live": self.live,
         }
 
     # What every row needs
@@ -163,7 +163,16 @@ class Measures:
 
     def rate(self) -> None:
         """In three turns of all; those that are slow have one, and a crowd that they get through."""
-        budget = 1.0 if self._quick else 5.0
+        self._rate(WIDTH, (
+            Bar(0.6, "floor", at_least=True), Bar(4.0, "nitrobox", at_least=True), Bar(80.0, "docker", at_least=True),
+        ))
+
+    def rate_of_one(self) -> None:
+        """One after another without a pause: what is made ahead is used up, and its price shows."""
+        self._rate(1, ())
+
+    def _rate(self, wanted: int, bars: tuple[Bar, ...]) -> None:
+        budget = 1.0 if self._quick or wanted == 1 else 5.0
         values: dict[str, list[float]] = {}
         failed: dict[str, str] = {}
         for turn in range(1 if self._quick else 3):
@@ -172,19 +181,17 @@ class Measures:
                     one = self._create_time(contender)
                     if contender.name in failed or (turn and one > 0.2):
                         continue
-                    width = WIDTH if one < 1.0 else 4
+                    width = wanted if one < 1.0 else min(wanted, 4)
                     count = max(width, min(600, int(budget / one)))
-                    if width < WIDTH and turn == 0:
+                    if width < wanted and turn == 0:
                         self._report.notes.append(f"sandboxes per second: {contender.name} was given {width} at a time")
-                    time.sleep(SETTLE / 2)
+                    time.sleep(self._settle / 2)
                     values.setdefault(contender.name, []).append(contender.rate(count, width))
                 except Exception as error:
                     failed[contender.name] = f"{type(error).__name__}: {error}"
         self._add(
-            f"sandboxes per second, {WIDTH} at a time", "/s",
-            {name: statistics.median(found) for name, found in values.items()},
-            (Bar(0.6, "floor", at_least=True), Bar(4.0, "nitrobox", at_least=True), Bar(80.0, "docker", at_least=True)),
-            failed,
+            f"sandboxes per second, {wanted} at a time", "/s",
+            {name: statistics.median(found) for name, found in values.items()}, bars, failed,
         )
 
     def shell(self) -> None:
@@ -265,7 +272,7 @@ class Measures:
         copied = {self._ours.name: statistics.median(growth)}
         self._add("fork, 100 MB of changes: memory that is copied", "MB", copied, (Bar(1.0),))
 
-    def memory(self) -> None:
+    def idle(self) -> None:
         """Kernel memory is the whole machine's, before and after: the median of some turns, and no number at all when
         what else runs here drowns it."""
         found: dict[str, list[memory.Held]] = {}
@@ -283,7 +290,7 @@ class Measures:
                     failed[contender.name] = f"{type(error).__name__}: {error}"
         private = {name: statistics.median(held.private for held in helds) / 1e6 for name, helds in found.items()}
         kernel = {name: statistics.median(held.kernel for held in helds) / 1e6 for name, helds in found.items()}
-        disk = {name: statistics.median(held.shmem + held.disk for held in helds) / 1e3 for name, helds in found.items()}
+        disk = {name: statistics.median(one.shmem + one.disk for one in helds) / 1e3 for name, helds in found.items()}
         for name, value in list(kernel.items()):
             if value <= 0:
                 failed[name] = "other work on this machine drowned what the kernel took for it"
@@ -297,11 +304,11 @@ class Measures:
     def _held(self, contender: Contender, count: int) -> memory.Held:
         """What one of `count` idle ones takes, bytes."""
         contender.hold(2).release()  # what is made once is there
-        time.sleep(SETTLE)
+        time.sleep(self._settle)
         before = memory.measure(contender.state())
         held = contender.hold(count)
         try:
-            time.sleep(SETTLE / 2)
+            time.sleep(self._settle / 2)
             took = memory.measure(contender.state()) - before
             if contender is self._ours:
                 self._note_processes(held)

@@ -1,4 +1,4 @@
-"""`scripts/bench/sandbox --profile create`: where the time of one create goes.
+"""`scripts/bench/sandbox --profile create` (or reset, fork, shell, run): where the time goes.
 
 Every function of the sandbox package is wrapped in the launcher, and so in the inits that are forked from it; each call
 writes its start and duration to a file. Nothing is known here of what those functions are called, so the list stays
@@ -11,6 +11,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benches.contender import Ground
@@ -21,14 +22,14 @@ import os, sys, time, types, functools
 trace = os.open({path!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 os.dup2(trace, 900); os.close(trace); trace = 900
 import skyrl_minisandbox.sandbox.launcher
-at = [os.getpid(), 0]  # the process, and how deep in it
+at = [os.getpid(), 0, os.getpid()]  # the process, how deep in it, and a name that no other process has
 clock = time.monotonic_ns
 SKIP = {{"seccomp": ("_",), "wire": ("",), "syscalls": ("",), "spec": ("",)}}
 def wrap(function, name):
     @functools.wraps(function)
     def traced(*args, **kwargs):
         pid = os.getpid()
-        if at[0] != pid: at[:] = pid, 0
+        if at[0] != pid: at[:] = pid, 0, clock()
         if at[1] >= {deepest}: return function(*args, **kwargs)
         note = name
         for arg in args[:3]:
@@ -40,8 +41,8 @@ def wrap(function, name):
             end = clock()
             now = os.getpid()
             if now == pid: at[1] -= 1
-            else: at[:] = now, 0
-            os.write(trace, f"{{now}}\t{{at[1]}}\t{{start}}\t{{end}}\t{{note}}\\n".encode(errors="replace"))
+            else: at[:] = now, 0, clock()
+            os.write(trace, f"{{at[2]}}\t{{at[1]}}\t{{start}}\t{{end}}\t{{note}}\\n".encode(errors="replace"))
     return traced
 def close_range(first, last):
     if first <= trace <= last:
@@ -85,76 +86,121 @@ class Call:
     name: str
 
 
-def _samples(ground: Ground, ours: Ours, trace: Path, count: int) -> list[tuple[float, float, int, list[Call]]]:
-    """(ms until the sandbox is ready, ms until the first echo, the launcher's pid, the calls)."""
-    found = []
-    for _ in range(count):
-        time.sleep(0.05)
-        trace.write_bytes(b"")
-        begun = time.monotonic_ns()
-        seat = OurSeat(ours.sandbox())
-        ready = time.monotonic_ns()
-        seat.echo()
-        done = time.monotonic_ns()
-        seat.close()
-        calls = []
-        for line in trace.read_text().splitlines():
-            process, depth, start, end, name = line.split("\t", 4)
-            if int(start) < done:
-                calls.append(
-                    Call(int(process), int(depth), (int(start) - begun) / 1e6, (int(end) - begun) / 1e6, name)
-                )
-        calls.sort(key=lambda call: (call.start, call.depth))
-        found.append(((ready - begun) / 1e6, (done - begun) / 1e6, ours.launcher.pid, calls))
-    return found
+Work = Callable[[Ours], Iterator[None]]
 
 
-def profile_create(ground: Ground, *, cgroup: bool, count: int = 30, deepest: int = 6, least: float = 0.03) -> None:
+def _create(ours: Ours) -> Iterator[None]:
+    yield
+    seat = OurSeat(ours.sandbox())
+    seat.echo()
+    yield
+    seat.close()
+
+
+def _in_one(method: Callable[[OurSeat], object]) -> Work:
+    def work(ours: Ours) -> Iterator[None]:
+        with ours.sandbox() as sandbox:
+            seat = OurSeat(sandbox)
+            seat.echo()
+            method(seat)  # the second one is what is looked at
+            yield
+            method(seat)
+            yield
+
+    return work
+
+
+def _fork(ours: Ours) -> Iterator[None]:
+    with ours.sandbox() as sandbox:
+        sandbox.shell().run("dd if=/dev/zero of=/big bs=1M count=100")
+        yield
+        (child,) = sandbox.fork(1)
+        child.shells[0].run("echo ours")
+        yield
+        child.close()
+
+
+WORKS: dict[str, Work] = {
+    "create": _create, "create-off": _create, "reset": _in_one(OurSeat.reset), "fork": _fork,
+    "shell": _in_one(OurSeat.echo), "run": _in_one(OurSeat.true),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """took: ms as the caller sees it."""
+
+    took: float
+    launcher: int
+    calls: list[Call]
+
+    def own(self, index: int) -> float:
+        """Ms of a call without the traced ones below it."""
+        call = self.calls[index]
+        below = sum(
+            other.end - other.start for other in self.calls[index + 1 :]
+            if other.process == call.process and other.depth == call.depth + 1 and other.start < call.end
+        )
+        return call.end - call.start - below
+
+    def who(self, call: Call) -> str:
+        return "launcher" if call.process == self.launcher else f"init {call.process % 1000:03}"
+
+
+def _sample(ours: Ours, trace: Path, work: Work) -> Sample:
+    """`work` stops at two places: what lies between them is looked at."""
+    steps = work(ours)
+    next(steps)
+    time.sleep(0.05)
+    trace.write_bytes(b"")
+    begun = time.monotonic_ns()
+    next(steps)
+    done = time.monotonic_ns()
+    lines = trace.read_text().splitlines()
+    next(steps, None)
+    calls = []
+    for line in lines:
+        process, depth, start, end, name = line.split("\t", 4)
+        if int(end) > begun and int(start) < done:
+            calls.append(Call(int(process), int(depth), (int(start) - begun) / 1e6, (int(end) - begun) / 1e6, name))
+    calls.sort(key=lambda call: (call.start, call.depth))
+    return Sample((done - begun) / 1e6, ours.launcher.pid, calls)
+
+
+def profile(ground: Ground, what: str, *, count: int = 20, deepest: int = 6, least: float = 0.03) -> None:
     """Print the sample with the median total as a time line, then what each function took, as medians of all."""
     trace = ground.work / "trace"
     trace.touch()
-    ours = Ours(cgroup=cgroup, boot=_TRACER.format(path=str(trace), deepest=deepest))
+    ours = Ours(cgroup=what != "create-off", boot=_TRACER.format(path=str(trace), deepest=deepest))
     ours.start(ground)
     try:
-        samples = _samples(ground, ours, trace, count)
+        samples = [_sample(ours, trace, WORKS[what]) for _ in range(count)]
     finally:
         ours.stop()
-    samples.sort(key=lambda sample: sample[1])
-    ready, done, launcher, calls = samples[len(samples) // 2]
+    samples.sort(key=lambda sample: sample.took)
+    middle = samples[len(samples) // 2]
     out = sys.stdout
-    out.write(f"one create, cgroup {'on' if cgroup else 'off'}: ready after {ready:.2f} ms, "
-              f"first echo after {done:.2f} ms (traced; median of {count})\n\n")
+    out.write(f"{what}: {middle.took:.2f} ms (traced; median of {count})\n\n")
     out.write("  starts    took     own  who       call (ms)\n")
-    for index, call in enumerate(calls):
-        took = call.end - call.start
-        if took < least:
-            continue
-        below = sum(
-            c.end - c.start for c in calls[index + 1 :]
-            if c.process == call.process and c.depth == call.depth + 1 and c.start < call.end
-        )
-        who = "launcher" if call.process == launcher else "init"
-        out.write(f"{call.start:8.2f}{took:8.2f}{took - below:8.2f}  {who:9} {'  ' * call.depth}{call.name}\n")
-    out.write("\nown time by function, ms in one create, median\n")
+    for index, call in enumerate(middle.calls):
+        if call.end - call.start >= least:
+            out.write(f"{call.start:8.2f}{call.end - call.start:8.2f}{middle.own(index):8.2f}  {middle.who(call):9} "
+                      f"{'  ' * call.depth}{call.name}\n")
+    out.write("\nown time by function, ms, median\n")
     for total, who, name, times in _by_function(samples)[:40]:
         out.write(f"{total:8.3f}  {who:9} {times:4.0f}x  {name}\n")
 
 
-def _by_function(samples: list[tuple[float, float, int, list[Call]]]) -> list[tuple[float, str, str, float]]:
+def _by_function(samples: list[Sample]) -> list[tuple[float, str, str, float]]:
     totals: dict[tuple[str, str], list[tuple[float, int]]] = {}
-    for _, _, launcher, calls in samples:
+    for sample in samples:
         own: dict[tuple[str, str], list[float]] = {}
-        for index, call in enumerate(calls):
-            below = sum(
-                c.end - c.start for c in calls[index + 1 :]
-                if c.process == call.process and c.depth == call.depth + 1 and c.start < call.end
-            )
-            key = ("launcher" if call.process == launcher else "init", call.name.split(" ")[0])
-            own.setdefault(key, []).append(call.end - call.start - below)
+        for index, call in enumerate(sample.calls):
+            if call.start >= 0:  # one that began before has been waiting
+                own.setdefault((sample.who(call).split(" ")[0], call.name.split(" ")[0]), []).append(sample.own(index))
         for key, values in own.items():
             totals.setdefault(key, []).append((sum(values), len(values)))
     rows = []
     for (who, name), found in totals.items():
         rows.append((statistics.median(v for v, _ in found), who, name, statistics.median(n for _, n in found)))
     return sorted(rows, reverse=True)
-
