@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import weakref
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from skyrl_minisandbox.errors import MachineError, SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox.launcher import CONTROL_FD
@@ -25,6 +26,7 @@ from skyrl_minisandbox.sandbox.launcher import CONTROL_FD
 # The launcher answers in milliseconds; a loaded machine may take longer to start a Python. Seconds.
 START_TIMEOUT = 60.0
 ANSWER_TIMEOUT = 120.0
+PIPE_TIMEOUT = 1800.0  # a compiled scientific environment has gigabytes, and its reader compresses them
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent.parent)
 # argv holds no secret and no setting: /proc/1/cmdline of every sandbox shows it.
@@ -210,6 +212,33 @@ class LauncherClient:
         self._closed = True
         self._lock = threading.Lock()
         self._sock.close()
+
+    def pipe(self, verb: str, file: IO[bytes], **request: Any) -> int:
+        """Have the launcher write into a file of ours; 0, or the errno of what kept it from that.
+
+        Raises as `ask` does, and what writing to `file` raises.
+        """
+        read, write = os.pipe2(os.O_CLOEXEC)
+        failed: list[BaseException] = []
+
+        def copy() -> None:
+            try:
+                with open(read, "rb") as source:
+                    shutil.copyfileobj(source, file, 1 << 18)
+            except BaseException as error:  # a full disk where it goes: told below
+                failed.append(error)
+
+        copier = threading.Thread(target=copy, name=f"minisandbox-{verb}")
+        copier.start()
+        try:
+            with open(write, "wb") as ours:
+                # The copier ends at EOF, which comes when the launcher's descriptor and ours are closed.
+                answer, _ = self.ask(verb, (ours.fileno(),), PIPE_TIMEOUT, **request)
+        finally:
+            copier.join()
+        if failed:
+            raise failed[0]
+        return int(answer["code"])
 
     def release(self, layer: int) -> None:
         """A frozen layer is not needed any more. Called by the garbage collector, so it only takes note."""

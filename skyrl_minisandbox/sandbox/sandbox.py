@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import io
-import itertools
 import os
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -18,19 +15,16 @@ from types import TracebackType
 from typing import IO, Any
 
 from skyrl_minisandbox.errors import MachineError, SandboxError, SandboxGone
-from skyrl_minisandbox.sandbox import client, tree, wire
+from skyrl_minisandbox.sandbox import client, transfer, wire
 from skyrl_minisandbox.sandbox.box import Box, TooLong
 from skyrl_minisandbox.sandbox.shell import Shell
 from skyrl_minisandbox.sandbox.spec import CommandResult, SandboxSpec
 from skyrl_minisandbox.sandbox.state import Change, FrozenLayer, ShellState, Snapshot, remove_tree
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
 
-EXPORT_TIMEOUT = 1800.0  # a compiled scientific environment has gigabytes, and its reader compresses them
 # Protections that `allow_degraded` may name.
 DEGRADABLE = ("proc",)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_EXPORT_LIMIT = 16 << 30
-_MEMBERS_LIMIT = 4_000_000
 _CHANGES_LIMIT = 1_000_000
 _HALT_SLACK = 60.0  # killing everything inside and reading what its shells hold, on a loaded machine
 # A tmpfs takes 0 for "no limit".
@@ -147,6 +141,12 @@ class Sandbox:
         return self._box.pid
 
     @property
+    def ended_by(self) -> str:
+        """How it ended by what was done in it: "oom" (its memory, init's included), "disk_full" (an upper on disk beyond
+        its limits), "" while it lives and for every other end. Commands then say the same; files cannot be had."""
+        return self._box.fate()
+
+    @property
     def alive(self) -> bool:
         """Whether its init is there. Asked while nothing is under way; costs no answer from inside."""
         return not self._closed and self._launcher.alive and self._box.alive
@@ -166,9 +166,10 @@ class Sandbox:
         """Run one command, stateless; a string goes to `bash -c`.
 
         input: what it reads on standard input; nothing otherwise. env: added to the spec's. timeout: seconds, then its
-        process tree is killed, `timed_out` is told and the output so far is kept; None waits for ever.
+        process tree is killed, `timed_out` is told and the output so far is kept; None: `limits.command_seconds`.
         A program or directory that does not exist is a result too (exit code 127, 126), as in a shell.
         """
+        timeout = self._deadline(timeout)
         argv = ["bash", "-c", command] if isinstance(command, str) else list(command)
         ask = {
             "argv": argv, "env": self._environment(env), "cwd": cwd or self.spec.workdir, "user": user,
@@ -181,7 +182,7 @@ class Sandbox:
                 text = f"{argv[0]}: {os.strerror(errno.E2BIG)}\n".encode(errors="replace")
                 return CommandResult(stdout=b"", stderr=text, exit_code=126, merged=text)
             if input is not None:
-                self._box.send_data(request, input)
+                self._box.send_data(request, input, self._box.deadline(timeout))
             return self._box.result(request, timeout)
 
     def shell(self, *, user: str | None = None, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Shell:
@@ -232,26 +233,13 @@ class Sandbox:
         Raises `OSError` as the inside has it: no such file, EFBIG beyond `limit` bytes, EINVAL for what is no file.
         """
         with self._lock:
-            request = self._box.send(Ask.READ, {"path": self._absolute(path), "limit": limit})
-            data = bytearray()
-            while True:
-                kind, payload = self._box.answer(request)
-                if kind == Answer.BYTES:
-                    data += payload
-                    if len(data) > limit:
-                        self._box.broken("it sent more of a file than was asked for")
-                elif kind == Answer.DONE:
-                    return bytes(data)
-                else:
-                    raise self._box.os_error(kind, payload, path)
+            return transfer.read_file(self._box, self._absolute(path), limit)
 
     def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         """Write a file, its missing directories too, by the sandbox's own init. Raises `OSError` as the inside has it
         (ENOSPC when its disk is full)."""
         with self._lock:
-            request = self._box.send(Ask.WRITE, {"path": self._absolute(path), "mode": mode})
-            self._box.send_data(request, data)
-            self._box.done(request, path)
+            transfer.write_file(self._box, self._absolute(path), data, mode)
 
     def put_tree(self, source: Path, target: str) -> list[str]:
         """Copy a file or directory of this machine to `target` inside, which then is that file or directory.
@@ -259,61 +247,19 @@ class Sandbox:
         Files there are replaced, directories filled. Modes (without set-id bits), times and links come along, owners
         do not: root's. Returns what was left out: devices, FIFOs and sockets. Raises `OSError` as either side has it.
         """
-        pieces = tree.pack(os.fspath(source), max_bytes=_EXPORT_LIMIT, max_members=_MEMBERS_LIMIT)
-        first = next(pieces)  # what cannot be read at all is told before anything is sent
         with self._lock:
-            request = self._box.send(Ask.PUT, {"path": self._absolute(target)})
-            failed: OSError | None = None
-            left_out: list[str] = []
-            try:
-                for piece in tree.gathered(itertools.chain([first], pieces), wire.CHUNK):
-                    self._box.send_piece(request, piece)
-            except OSError as error:
-                failed = error
-            self._box.send_piece(request, b"")
-            while True:
-                kind, payload = self._box.answer(request)
-                if kind == Answer.BYTES and len(left_out) < _CHANGES_LIMIT:
-                    left_out.append(os.fsdecode(payload))
-                elif failed is not None and kind in (Answer.DONE, Answer.ERROR):
-                    raise failed
-                elif kind == Answer.DONE:
-                    return left_out
-                else:
-                    raise self._box.os_error(kind, payload, target)
+            return transfer.put_tree(self._box, source, self._absolute(target))
 
     def get_tree(
-        self, path: str, target: Path, *, max_bytes: int = _EXPORT_LIMIT, max_members: int = _MEMBERS_LIMIT
+        self, path: str, target: Path, *, max_bytes: int = transfer.MOST_BYTES, max_members: int = transfer.MOST_MEMBERS
     ) -> list[str]:
         """Copy a file or directory from inside to `target` on this machine, which then is that file or directory.
 
         The same rules as for `put_tree`; owners are the caller's. Links are copied as they are, wherever they lead, and
         never followed, here or there. Raises `OSError`: EFBIG beyond `max_bytes` or `max_members`.
         """
-        unpacker = tree.Unpacker(os.fspath(target), max_bytes=max_bytes, max_members=max_members)
-        failed: OSError | None = None
-        ask = {"path": self._absolute(path), "max_bytes": max_bytes, "max_members": max_members}
-        with self._lock, contextlib.closing(unpacker):
-            request = self._box.send(Ask.GET, ask)
-            while True:
-                kind, payload = self._box.answer(request)
-                try:
-                    if kind == Answer.BYTES:
-                        if failed is None:
-                            unpacker.feed(payload)
-                    elif kind == Answer.DONE:
-                        if failed is None:
-                            unpacker.finish()
-                            return unpacker.left_out
-                        raise failed
-                    else:
-                        raise self._box.os_error(kind, payload, path)
-                except tree.BadStream as error:
-                    self._box.broken(f"what it sent is no tree: {error}")
-                except OSError as error:  # a full disk here: the rest is read and thrown away
-                    if kind != Answer.BYTES:
-                        raise
-                    failed = error
+        with self._lock:
+            return transfer.get_tree(self._box, self._absolute(path), target, max_bytes, max_members)
 
     def _absolute(self, path: str) -> str:
         return os.path.join(self.spec.workdir, path)
@@ -440,7 +386,8 @@ class Sandbox:
         return [Change(path, kind) for path, kind in lines if path not in ours]  # type: ignore[arg-type]
 
     def export_layer(
-        self, file: IO[bytes], *, prefix: str = "", max_bytes: int = _EXPORT_LIMIT, max_members: int = _MEMBERS_LIMIT
+        self, file: IO[bytes], *, prefix: str = "", max_bytes: int = transfer.MOST_BYTES,
+        max_members: int = transfer.MOST_MEMBERS,
     ) -> None:
         """Freeze, then write what differs from the spec's layers as an uncompressed OCI layer tar.
 
@@ -451,32 +398,10 @@ class Sandbox:
         self._piped("export", file, prefix=prefix, max_bytes=max_bytes, max_members=max_members)
 
     def _piped(self, verb: str, file: IO[bytes], **request: Any) -> None:
-        """Have the launcher write into a file of ours, through a pipe."""
         self._still_open()
-        read, write = os.pipe2(os.O_CLOEXEC)
-        failed: list[BaseException] = []
-
-        def copy() -> None:
-            try:
-                with open(read, "rb") as source:
-                    shutil.copyfileobj(source, file, 1 << 18)
-            except BaseException as error:  # a full disk where it goes: told below
-                failed.append(error)
-
-        copier = threading.Thread(target=copy, name=f"minisandbox-{verb}")
-        copier.start()
-        try:
-            with open(write, "wb") as ours:
-                # The copier ends at EOF, which comes when the launcher's descriptor and ours are closed.
-                answer, _ = self._launcher.ask(
-                    verb, (ours.fileno(),), EXPORT_TIMEOUT, box=self._box.number, **request
-                )
-        finally:
-            copier.join()
-        if failed:
-            raise failed[0]
-        if answer["code"]:
-            raise OSError(answer["code"], os.strerror(answer["code"]), request.get("prefix") or "/")
+        code = self._launcher.pipe(verb, file, box=self._box.number, **request)
+        if code:
+            raise OSError(code, os.strerror(code), request.get("prefix") or "/")
 
     # The end
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from skyrl_minisandbox.sandbox import limits, processes, tree, wire
+from skyrl_minisandbox.sandbox.answers import Answers
 from skyrl_minisandbox.sandbox.bash import Bash
 from skyrl_minisandbox.sandbox.underway import Command, Unpacking, Writing, read_file
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
@@ -28,8 +27,8 @@ _GRACE = 5.0
 # The same for every process at once, on a machine that many sandboxes load; below what the owner waits for an answer.
 _FREEZE = 20.0
 _KILL_PAUSE = 0.05
+_LONGEST_POLL = 1e6  # an epoll takes its milliseconds as an int
 _STDIN_WINDOW = 1 << 20
-_OUT_WINDOW = 1 << 20
 # What a pipe can hold at a command's end (1 MiB at most without privilege) is 16 chunks; what a background
 # process goes on writing is not the command's.
 _LAST_ROUNDS = 17
@@ -44,35 +43,27 @@ class Server:
         self._sock.setblocking(False)
         self._limits = request["limits"]
         self._places = ("/", "/dev", "/dev/shm", *(("/tmp", "/run") if request["private_tmp"] else ()))
-        self._rlimits = {
-            resource.RLIMIT_NOFILE: self._limits["open_files"],
-            resource.RLIMIT_CORE: self._limits["core"],
-        }
-        if not request["memory_cgroup"]:
-            self._rlimits[resource.RLIMIT_AS] = self._limits["memory"]
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        if hard != resource.RLIM_INFINITY:
-            self._rlimits[resource.RLIMIT_NOFILE] = min(self._limits["open_files"], hard)
+        self._rlimits = limits.rlimits(request)
         self._reader = wire.FrameReader()
-        self._outgoing = bytearray()
+        self._answers = Answers(sock)
         self._poll = select.epoll()
         self._commands: dict[int, Command] = {}  # request id -> command
         self._by_output: dict[int, Command | None] = {}  # None: a shell's control pipe
         self._drains: set[int] = set()
         self._shells: dict[str, Bash] = {}
         self._writing: dict[int, Writing | Unpacking] = {}  # request id -> what DATA frames go into
-        self._reading: dict[int, Iterator[bytes]] = {}  # request id -> what goes out as fast as the owner takes it
         self._coming: dict[int, tuple[dict[str, Any], bytearray]] = {}  # long shell commands, in DATA frames
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._poll.register(self._wake_read, select.EPOLLIN)
-        self._poll.register(self._sock.fileno(), select.EPOLLIN)
+        self._events = select.EPOLLIN
+        self._poll.register(self._sock.fileno(), self._events)
 
     def send_ready(self, lost: list[str]) -> None:
         """Tell that everything that was asked for is in force but what is named."""
-        self._send(Answer.READY, 0, ",".join(lost).encode())
+        self._answers.send(Answer.READY, 0, ",".join(lost).encode())
 
     def serve(self) -> None:
         """Until the owner's end of the socket closes."""
@@ -80,8 +71,7 @@ class Server:
             for fd, events in self._poll.poll(self._wait()):
                 if fd == self._sock.fileno():
                     if events & select.EPOLLOUT:
-                        self._flush()
-                        self._pump()
+                        self._answers.go_on()
                     if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not self._receive():
                         return
                 elif fd == self._wake_read:
@@ -89,6 +79,7 @@ class Server:
                 else:
                     self._event(fd)
             self._expire()
+            self._throttle()
 
     # The owner's requests
 
@@ -105,9 +96,9 @@ class Server:
             try:
                 self._handle(kind, request, payload)
             except OSError as error:
-                self._error(request, error)
+                self._answers.error(request, error)
             except ValueError as error:  # a path with a NUL in it
-                self._error(request, OSError(errno.EINVAL, str(error)))
+                self._answers.error(request, OSError(errno.EINVAL, str(error)))
         return True
 
     def _handle(self, kind: int, request: int, payload: bytes) -> None:
@@ -122,10 +113,10 @@ class Server:
         elif kind == Ask.SHELL:
             self._shell(request, ask)
         elif kind == Ask.READ:
-            self._give(request, read_file(ask["path"], ask["limit"]))
+            self._answers.stream(request, read_file(ask["path"], ask["limit"]))
         elif kind == Ask.GET:
             pieces = tree.pack(ask["path"], max_bytes=ask["max_bytes"], max_members=ask["max_members"])
-            self._give(request, tree.gathered(pieces, wire.CHUNK))
+            self._answers.stream(request, tree.gathered(pieces, wire.CHUNK))
         elif kind == Ask.WRITE:
             self._writing[request] = Writing(ask["path"], ask["mode"])
         elif kind == Ask.PUT:
@@ -237,11 +228,11 @@ class Server:
             del self._writing[request]
             error = file.finish()
             if error is not None:
-                self._error(request, error)
+                self._answers.error(request, error)
             else:
                 for name in file.left_out if isinstance(file, Unpacking) else ():
-                    self._send(Answer.BYTES, request, os.fsencode(name))
-                self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
+                    self._answers.send(Answer.BYTES, request, os.fsencode(name))
+                self._answers.done(request)
             return
         coming = self._coming.get(request)
         if coming is not None:
@@ -261,48 +252,23 @@ class Server:
             command.stdin_ends = True
         self._feed(command)
 
-    def _give(self, request: int, pieces: Iterator[bytes]) -> None:
-        self._reading[request] = pieces
-        self._pump()
-
-    def _pump(self) -> None:
-        """Send one piece of each stream, unless the owner is slow: then it goes on when the socket can take more."""
-        if len(self._outgoing) > _OUT_WINDOW:
-            return
-        for request, pieces in list(self._reading.items()):
-            try:
-                piece = next(pieces, None)
-            except OSError as error:
-                del self._reading[request]
-                self._error(request, error)
-                continue
-            except ValueError as error:  # a path with a NUL in it
-                del self._reading[request]
-                self._error(request, OSError(errno.EINVAL, str(error)))
-                continue
-            if piece is None:
-                del self._reading[request]
-                self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
-            else:
-                self._send(Answer.BYTES, request, piece)
-
     def _halt(self, request: int) -> None:
         """Kill every process, and tell which these were and what the shells hold."""
         idle = {shell.pid for shell in self._shells.values()}
         ended = processes.command_lines(idle | {os.getpid()}, wire.MOST_ENDED)
         self._kill_everything()
         for line in ended:
-            self._send(Answer.ENDED, request, line)
+            self._answers.send(Answer.ENDED, request, line)
         for key, shell in self._shells.items():
             text = shell.saved(wire.LARGEST_STATE)
             cwd = os.fsencode(shell.cwd)
             header = wire.SHELL.pack(len(key), shell.exit_code, len(cwd))
-            self._send(Answer.SHELL, request, header + key.encode() + cwd + text)
-        self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
+            self._answers.send(Answer.SHELL, request, header + key.encode() + cwd + text)
+        self._answers.done(request)
 
     def _freeze(self, request: int) -> None:
         self._kill_everything()
-        self._send(Answer.DONE, request, wire.DONE.pack(0, 0, 0.0))
+        self._answers.done(request)
 
     def _kill_everything(self) -> None:
         """Kill every process but ourselves and wait until the last is gone."""
@@ -365,7 +331,6 @@ class Server:
         elif command.stdin >= 0:
             # Nothing to write: do not be told that it could be.
             self._poll.modify(command.stdin, select.EPOLLOUT if command.pending else 0)
-        self._throttle()
 
     def _close_stdin(self, command: Command) -> None:
         if command.stdin >= 0:
@@ -373,14 +338,14 @@ class Server:
             os.close(command.stdin)
             del self._by_output[command.stdin]
             command.stdin = -1
-        self._throttle()
 
     def _throttle(self) -> None:
         """Stop reading the owner's socket while a command is slow in taking its input."""
         waiting = any(len(command.pending) > _STDIN_WINDOW for command in self._commands.values())
-        more = self._outgoing or self._reading
-        events = (0 if waiting else select.EPOLLIN) | (select.EPOLLOUT if more else 0)
-        self._poll.modify(self._sock.fileno(), events)
+        events = (0 if waiting else select.EPOLLIN) | (select.EPOLLOUT if self._answers.waiting else 0)
+        if events != self._events:
+            self._events = events
+            self._poll.modify(self._sock.fileno(), events)
 
     def _drain(self, fd: int) -> None:
         """A background process goes on writing after its command's end: read and throw away, so that it lives."""
@@ -450,7 +415,7 @@ class Server:
         deadlines = [command.deadline for command in self._commands.values() if command.deadline is not None]
         if not deadlines:
             return None
-        return max(0.0, min(deadlines) - time.monotonic())
+        return max(0.0, min(*deadlines, time.monotonic() + _LONGEST_POLL) - time.monotonic())
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -487,27 +452,8 @@ class Server:
         for stream, data in command.capture.chunks():
             kind = Answer.STDOUT if stream == 1 else Answer.STDERR
             for start in range(0, len(data), wire.CHUNK):
-                self._send(kind, command.request, data[start : start + wire.CHUNK])
+                self._answers.send(kind, command.request, data[start : start + wire.CHUNK])
         seconds = time.monotonic() - command.started
         code = 124 if command.timed_out else code
-        self._send(Answer.DONE, command.request, wire.DONE.pack(code, flags, seconds) + notice.encode(errors="replace"))
-
-    # Answers
-
-    def _error(self, request: int, error: OSError) -> None:
-        text = (error.strerror or str(error)).encode(errors="replace")[:1000]
-        self._send(Answer.ERROR, request, wire.ERRNO.pack(error.errno or errno.EIO) + text)
-
-    def _send(self, kind: Answer, request: int, payload: bytes) -> None:
-        self._outgoing += wire.frame(kind, request, payload)
-        self._flush()
-
-    def _flush(self) -> None:
-        try:
-            while self._outgoing:
-                del self._outgoing[: self._sock.send(self._outgoing)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            os._exit(0)  # the owner is gone
-        self._throttle()
+        done = wire.DONE.pack(code, flags, seconds) + notice.encode(errors="replace")
+        self._answers.send(Answer.DONE, command.request, done)
