@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -23,6 +25,8 @@ from skyrl_minisandbox.sandbox.wire import Answer, Ask
 # may take before init counts as dead. Seconds.
 READY_TIMEOUT = 60.0
 ANSWER_SLACK = 30.0
+_LONGEST_POLL = 1e6  # a poll takes its milliseconds as an int: what lasts longer is waited for in pieces
+_USUAL = -1.0  # as a deadline: the slack from when it is waited for
 
 
 class TooLong(SandboxError):
@@ -43,15 +47,18 @@ class Box:
         self._close_lock = threading.Lock()
         self._send_lock = threading.Lock()  # one frame at a time: `interrupt` comes in between
         self._requests = 0
+        self._unanswered = False
         self._frames: list[tuple[int, int, bytes]] = []
         self._reader = wire.FrameReader()
         answer, fds = launcher.ask("create", **request)
         self.number: int = answer["box"]
         self.pid: int = answer["pid"]  # of init, as the host sees it
         self._oom_path: str | None = answer["oom"]
-        self._oom_kills = limits.read_oom_kills(self._oom_path) if self._oom_path else -1
+        self._oom_kills = -1
         self._sock = socket.socket(fileno=fds[0])
         self._why = "the sandbox is closed"
+        self._bounds: dict[str, Any] = request["limits"]
+        self._fate: str | None = None
         try:
             launcher.adopt(self)
         except BaseException:
@@ -77,23 +84,33 @@ class Box:
     # Asking
 
     def send(self, kind: Ask, ask: dict[str, Any]) -> int:
-        """Send a request; its number. Raises `TooLong` and `SandboxGone`."""
-        payload = json.dumps(ask, ensure_ascii=True).encode()
+        """Send a request; its number. Raises `TooLong`, `SandboxGone`, `ValueError` for a timeout of NaN."""
+        if ask.get("timeout") == math.inf:
+            ask = {**ask, "timeout": None}
+        payload = json.dumps(ask, ensure_ascii=True, allow_nan=False).encode()
         if len(payload) > wire.MAX_PAYLOAD:
             raise TooLong(f"a request of {len(payload)} bytes; command and environment take {wire.MAX_PAYLOAD}")
+        if self._unanswered and not self._closed.is_set():
+            # Who asked did not wait for the end (Ctrl-C, an input that raised): neither side knows what comes next.
+            self.broken("an earlier request was given up half way")
+        if self._frames:
+            self.broken("it answered before it was asked")
+        if kind in (Ask.RUN, Ask.SHELL) and self._oom_path is not None:
+            self._oom_kills = limits.read_oom_kills(self._oom_path)  # what was killed between two commands is neither's
         self._requests += 1
+        self._unanswered = True
         self._raw_send(wire.frame(kind, self._requests, payload))
         return self._requests
 
-    def send_data(self, request: int, data: bytes | IO[bytes]) -> None:
-        """Send what a request reads: standard input, or a file."""
+    def send_data(self, request: int, data: bytes | IO[bytes], deadline: float | None = _USUAL) -> None:
+        """Send what a request reads: standard input, or a file. deadline: as for `answer`, of each piece by default."""
         if isinstance(data, bytes | bytearray | memoryview):
             for start in range(0, len(data), wire.CHUNK):
-                self._raw_send(wire.frame(Ask.DATA, request, bytes(data[start : start + wire.CHUNK])))
+                self._raw_send(wire.frame(Ask.DATA, request, bytes(data[start : start + wire.CHUNK])), deadline)
         else:
             while chunk := data.read(wire.CHUNK):
-                self._raw_send(wire.frame(Ask.DATA, request, chunk))
-        self._raw_send(wire.frame(Ask.DATA, request))
+                self._raw_send(wire.frame(Ask.DATA, request, chunk), deadline)
+        self._raw_send(wire.frame(Ask.DATA, request), deadline)
 
     def send_piece(self, request: int, data: bytes) -> None:
         """One piece of what a request reads, at most `wire.MAX_PAYLOAD`; empty for the end."""
@@ -105,20 +122,31 @@ class Box:
         except SandboxGone:
             pass
 
-    def _raw_send(self, data: bytes) -> None:
+    def _raw_send(self, data: bytes, deadline: float | None = _USUAL) -> None:
         if self._closed.is_set():
             raise SandboxGone(self._why)
-        try:
-            with self._send_lock:
-                self._sock.sendall(data)
-        except OSError as error:
-            raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
+        if deadline == _USUAL:
+            deadline = time.monotonic() + ANSWER_SLACK
+        left = memoryview(data)
+        with self._send_lock:
+            while left:
+                try:
+                    left = left[self._sock.send(left, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    self._wait(select.POLLOUT, deadline)
+                except OSError as error:
+                    raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
 
     # Answers
 
+    @staticmethod
+    def deadline(timeout: float | None) -> float | None:
+        """When the result of a command that begins now is due. timeout: its own, in seconds."""
+        return time.monotonic() + timeout + ANSWER_SLACK if timeout is not None else None
+
     def result(self, request: int, timeout: float | None) -> CommandResult:
         """What a command did. timeout: its own, in seconds."""
-        deadline = time.monotonic() + timeout + ANSWER_SLACK if timeout is not None else None
+        deadline = self.deadline(timeout)
         streams: dict[int, bytearray] = {Answer.STDOUT: bytearray(), Answer.STDERR: bytearray()}
         merged = bytearray()
         bound = 2 * self._output + wire.MAX_PAYLOAD
@@ -141,11 +169,42 @@ class Box:
             merged=bytes(merged), notice=payload[wire.DONE.size :].decode(errors="replace"),
         )
 
+    def ended(self, gone: SandboxGone, began: float) -> CommandResult:
+        """What a command is told when the sandbox ended by what was done in it; else `gone` is raised.
+
+        began: of time.monotonic().
+        """
+        fate = self.fate()
+        if not fate:
+            raise gone
+        text = f"The sandbox was ended: {self._words(fate)}.\n".encode()
+        return CommandResult(
+            stdout=b"", stderr=text, exit_code=128 + signal.SIGKILL, oom_killed=fate == "oom",
+            disk_full=fate == "disk_full", seconds=time.monotonic() - began, merged=text,
+        )
+
+    def _words(self, fate: str) -> str:
+        if fate == "oom":
+            return f"it ran out of memory (limits.memory is {self._bounds['memory']} bytes)"
+        return (
+            f"it wrote more than limits.disk ({self._bounds['disk']} bytes) or made more files than limits.inodes "
+            f"({self._bounds['inodes']})"
+        )
+
+    def fate(self) -> str:
+        """How it ended by what was done in it: "oom" or "disk_full"; "" while it lives and for every other end."""
+        if self._fate is None and not self._closed.is_set() and not self.alive:
+            try:
+                answer, _ = self._launcher.ask("fate", timeout=ANSWER_SLACK, box=self.number)
+                self._fate = str(answer["why"])
+            except SandboxError:
+                pass  # the launcher has ended
+        return self._fate or ""
+
     def _oom_happened(self) -> bool:
         if self._oom_path is None:
             return False
-        before, self._oom_kills = self._oom_kills, limits.read_oom_kills(self._oom_path)
-        return self._oom_kills > before >= 0
+        return limits.read_oom_kills(self._oom_path) > self._oom_kills >= 0
 
     def done(self, request: int, path: str) -> None:
         """Wait for a request's plain end. Raises `OSError` as the inside has it."""
@@ -153,24 +212,24 @@ class Box:
         if kind != Answer.DONE:
             raise self.os_error(kind, payload, path)
 
-    def answer(self, request: int, deadline: float | None = -1.0) -> tuple[int, bytes]:
+    def answer(self, request: int, deadline: float | None = _USUAL) -> tuple[int, bytes]:
         """The next frame of a request: (type, payload). deadline: of time.monotonic(); None waits for ever; the usual
         slack by default."""
-        if deadline == -1.0:
+        if deadline == _USUAL:
             deadline = time.monotonic() + ANSWER_SLACK
         kind, number, payload = self._next(deadline)
         if number != request:
             self.broken(f"it answered request {number}, asked was {request}")
+        if kind in (Answer.DONE, Answer.ERROR):
+            self._unanswered = False
+        elif not payload:
+            self.broken("it sent an empty piece")  # any number of them would stay below every limit
         return kind, payload
 
     def _next(self, deadline: float | None) -> tuple[int, int, bytes]:
         """The next frame. Raises `SandboxGone` when there will be none."""
         while not self._frames:
-            # The socket itself blocks, for senders on other threads; waiting with a deadline is poll's.
-            poll = select.poll()
-            poll.register(self._sock, select.POLLIN)
-            if not poll.poll(None if deadline is None else max(deadline - time.monotonic(), 0) * 1000):
-                self.broken("it did not answer in time")
+            self._wait(select.POLLIN, deadline)
             try:
                 data = self._sock.recv(1 << 18)
             except OSError as error:
@@ -184,11 +243,22 @@ class Box:
                 self.broken(str(error))
         return self._frames.pop(0)
 
+    def _wait(self, event: int, deadline: float | None) -> None:
+        """Until the socket is ready. Looks at the deadline first: a flood of bytes must not outrun it."""
+        poll = select.poll()
+        poll.register(self._sock, event)
+        while True:
+            left = _LONGEST_POLL if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                self.broken("it did not answer in time" if event == select.POLLIN else "it did not read in time")
+            if poll.poll(min(left, _LONGEST_POLL) * 1000):
+                return
+
     def broken(self, why: str) -> NoReturn:
         """What comes from inside is not what init sends: end this sandbox, and only this one."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
-            self._launcher.ask("destroy", box=self.number)
+            self._fate = self._launcher.ask("destroy", box=self.number)[0].get("why", "")
         except (OSError, SandboxError):
             pass
         raise SandboxGone(f"the sandbox was ended: {why}")
@@ -226,7 +296,9 @@ class Box:
             except OSError:
                 pass
             try:
-                return self._launcher.ask("destroy", box=self.number, keep=keep)[0]
+                answer, _ = self._launcher.ask("destroy", box=self.number, keep=keep)
+                self._fate = self._fate or answer.pop("why", "")
+                return answer
             except SandboxError:
                 if keep:
                     raise

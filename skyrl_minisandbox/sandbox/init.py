@@ -121,7 +121,8 @@ def _set_up(request: dict[str, Any], fds: list[int], single_id: bool, proc_refus
     _step("host name", lambda: socket.sethostname(request["hostname"]))
     for step in mounts.root_steps(request, fds[0], fds[1:], proc_refused):
         _step(step.describe, step.execute)
-    _step("core size", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, request["limits"]["core"])))
+    core = limits.allowed(resource.RLIMIT_CORE, request["limits"]["core"])
+    _step("core size", lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, core)))
     if not request["pids_cgroup"]:
         processes_limit = request["limits"]["processes"]
         _step("process limit", lambda: resource.setrlimit(resource.RLIMIT_NPROC, (processes_limit,) * 2))

@@ -27,8 +27,10 @@ from skyrl_minisandbox.sandbox import limits, linux, processes, seccomp, wire
 from skyrl_minisandbox.sandbox.mounts import DEV, HOST, NEW_ROOT, PROC
 from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Mounted, Overlays, map_base
 from skyrl_minisandbox.sandbox.spare import Spares
+from skyrl_minisandbox.sandbox.watch import Watcher
 
 CONTROL_FD = 3
+_MOST_FATES = 10_000  # that are remembered until somebody asks
 _REFILL_PAUSE = 10  # milliseconds without a request, then a spare init is made
 
 
@@ -40,6 +42,8 @@ class _Box:
         self.base = base  # how many of its layers are the image's; those above were frozen
         self.waiting: list[int] = []  # requests that wait for its end
         self.keep = False  # what it wrote becomes a layer then
+        self.asking: list[int] = []  # requests to be told why it ended
+        self.why = ""
 
 
 class Launcher:
@@ -49,6 +53,8 @@ class Launcher:
         self._sock = sock
         self._boxes: dict[int, _Box] = {}
         self._exports: dict[int, int] = {}  # helper pid -> request
+        self._fates: dict[int, str] = {}  # box -> why it ended, where what ran in it brought that about
+        self._watcher = Watcher()
         self._count = 0
         self._ids = Ids(None, (0, 0))
         self._cgroups: limits.Cgroups | None = None
@@ -158,6 +164,8 @@ class Launcher:
             for fd in held:
                 os.close(fd)
         self._boxes[self._count] = _Box(spare.pid, spare.pidfd, mounted, request["base"], spare.cgroup)
+        if not mounted.on_tmpfs:
+            self._watcher.watch(self._count, mounted.upper, request["limits"]["disk"], request["limits"]["inodes"])
         answer = {"box": self._count, "pid": spare.pid, "oom": spare.cgroup.oom_counter.removeprefix(HOST) or None}
         return answer, [spare.owner_end.detach()]
 
@@ -177,11 +185,26 @@ class Launcher:
         if box is None:
             if request.get("keep"):
                 raise LauncherError("the sandbox has ended", lacks="sandbox")
-            self._answer(number, {})
+            self._answer(number, {"why": self._fates.pop(request["box"], "")})
             return
         box.waiting.append(number)
         box.keep |= bool(request.get("keep"))
         self._kill(box)
+
+    def fate(self, number: int, key: int) -> None:
+        """Why a sandbox ended that nobody ended: "oom", "disk_full", or "" when what ran in it did not bring that
+        about. Answered when its init has been reaped."""
+        box = self._boxes.get(key)
+        if box is None:
+            self._answer(number, {"why": self._fates.get(key, "")})
+        else:
+            box.asking.append(number)
+
+    def _end_beyond(self) -> None:
+        """Kill those whose upper on disk is beyond its limits."""
+        for key in self._watcher.over():
+            self._boxes[key].why = "disk_full"
+            self._kill(self._boxes[key])
 
     @staticmethod
     def _kill(box: _Box) -> None:
@@ -240,8 +263,12 @@ class Launcher:
         owner = self._owner_pidfd()
         if owner >= 0:
             poll.register(owner, select.POLLIN)
+        watcher = -1
         try:
             while True:
+                if watcher != self._watcher.fileno():  # with the first upper on disk; later it stays the same
+                    watcher = self._watcher.fileno()
+                    poll.register(watcher, select.POLLIN)
                 # Not at once: what was just made has the processors to itself.
                 ready = poll.poll(_REFILL_PAUSE if self._spares.missing else None)
                 if not ready:
@@ -250,6 +277,8 @@ class Launcher:
                     if fd == wake_read:
                         os.read(wake_read, 4096)
                         self._reap()
+                    elif fd == watcher:
+                        self._end_beyond()
                     elif fd == owner or not self._receive():
                         return
         finally:
@@ -290,6 +319,8 @@ class Launcher:
                 self._answer(number, {"shift": self._overlays.owner_shift(message["path"])})
             elif verb in ("export", "changes"):
                 self.compare(number, message, fds[0])
+            elif verb == "fate":
+                self.fate(number, message["box"])
             elif verb == "release":
                 self._overlays.release(message["layers"])
                 self._answer(number, {})
@@ -323,10 +354,17 @@ class Launcher:
             self._spares.reaped(pid)
             for key, box in list(self._boxes.items()):
                 if box.pid == pid:
-                    self._forget(key, box)
+                    self._forget(key, box, killed=os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL)
 
-    def _forget(self, key: int, box: _Box) -> None:
+    def _forget(self, key: int, box: _Box, killed: bool = False) -> None:
         os.close(box.pidfd)
+        self._watcher.forget(key)
+        if killed and not box.waiting and not box.why and limits.read_oom_kills(box.cgroup.oom_counter) > 0:
+            box.why = "oom"
+        if box.why and not box.waiting:
+            self._fates[key] = box.why
+            if len(self._fates) > _MOST_FATES:
+                del self._fates[next(iter(self._fates))]
         kept: dict[str, Any] = {}
         if box.keep:
             try:
@@ -337,7 +375,9 @@ class Launcher:
         box.cgroup.remove()
         del self._boxes[key]
         for number in box.waiting:
-            self._answer(number, kept)
+            self._answer(number, {**kept, "why": box.why})
+        for number in box.asking:
+            self._answer(number, {"why": box.why})
 
     def close(self) -> None:
         """End every sandbox and wait for them, so that their cgroups can go."""

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Mapping
+from typing import Any
 
 from skyrl_minisandbox.sandbox.cgroup_places import NoCgroup, Place, find_places, own_name, remove, write
 
@@ -161,6 +163,22 @@ def join(entries: list[int]) -> None:
             os.write(fd, b"0")
         finally:
             os.close(fd)
+
+
+def rlimits(request: Mapping[str, Any]) -> dict[int, int]:
+    """What each process of a command is limited to by itself, as far as the machine's own limits allow."""
+    limits = request["limits"]
+    wanted = {resource.RLIMIT_NOFILE: limits["open_files"], resource.RLIMIT_CORE: limits["core"]}
+    if not request["memory_cgroup"]:
+        wanted[resource.RLIMIT_AS] = limits["memory"]
+    if request["upper"] is not None:  # no quota there; `watch.py` comes by a little later
+        wanted[resource.RLIMIT_FSIZE] = limits["disk"]
+    return {which: allowed(which, value) for which, value in wanted.items()}
+
+
+def allowed(which: int, value: int) -> int:
+    hard = resource.getrlimit(which)[1]
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
 
 
 def tmpfs_size(limits: Mapping[str, int], bytes_: int) -> str:

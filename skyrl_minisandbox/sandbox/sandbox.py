@@ -142,8 +142,8 @@ class Sandbox:
 
     @property
     def ended_by(self) -> str:
-        """How it ended by what was done in it: "oom" (its memory, init's included), "disk_full" (an upper on disk beyond
-        its limits), "" while it lives and for every other end. Commands then say the same; files cannot be had."""
+        """How it ended by what was done in it: "oom" (no memory was left for its init), "disk_full" (an upper on disk
+        beyond its limits), "" while it lives and for every other end. Commands then say the same; files are gone."""
         return self._box.fate()
 
     @property
@@ -175,15 +175,21 @@ class Sandbox:
             "argv": argv, "env": self._environment(env), "cwd": cwd or self.spec.workdir, "user": user,
             "timeout": timeout, "input": input is not None,
         }
+        began = time.monotonic()
         with self._lock:
             try:
                 request = self._box.send(Ask.RUN, ask)
+                if input is not None:
+                    self._box.send_data(request, input, self._box.deadline(timeout))
+                return self._box.result(request, timeout)
             except TooLong:  # more than a kernel takes anyway: told as a shell tells it
                 text = f"{argv[0]}: {os.strerror(errno.E2BIG)}\n".encode(errors="replace")
                 return CommandResult(stdout=b"", stderr=text, exit_code=126, merged=text)
-            if input is not None:
-                self._box.send_data(request, input, self._box.deadline(timeout))
-            return self._box.result(request, timeout)
+            except SandboxGone as gone:
+                return self._box.ended(gone, began)
+
+    def _deadline(self, timeout: float | None) -> float | None:
+        return self.spec.limits.command_seconds if timeout is None else timeout
 
     def shell(self, *, user: str | None = None, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Shell:
         """A new persistent bash. It starts with its first command; with `spec.start_shell` and from a `Pool`

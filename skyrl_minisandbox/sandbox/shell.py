@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import TYPE_CHECKING, Any
 
+from skyrl_minisandbox.errors import SandboxGone
 from skyrl_minisandbox.sandbox import wire
 from skyrl_minisandbox.sandbox.mounts import PRIVATE
 from skyrl_minisandbox.sandbox.spec import CommandResult
@@ -30,6 +32,7 @@ class Shell:
         timeout: seconds; then what the command started is killed, the shell and its earlier background jobs live on.
         """
         sandbox = self._sandbox
+        timeout, began = sandbox._deadline(timeout), time.monotonic()
         try:
             data = command.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:  # half a surrogate pair, which a model's JSON can hold and no file
@@ -43,10 +46,13 @@ class Shell:
                 ask.update(cwd=state.cwd, code=state.code, restored=self._restore(state))
             if len(data) > wire.CHUNK:
                 ask["command"], ask["size"] = "", len(data)
-            request = box.send(Ask.SHELL, ask)
-            if "size" in ask:
-                box.send_data(request, data)
-            result = box.result(request, timeout)
+            try:
+                request = box.send(Ask.SHELL, ask)
+                if "size" in ask:
+                    box.send_data(request, data)
+                result = box.result(request, timeout)
+            except SandboxGone as gone:
+                result = box.ended(gone, began)
         if state is not None and state.ended:
             ended = ", ".join(f"`{line}`" for line in state.ended[:10])
             notice = f"A snapshot of the sandbox was taken, for which these background processes were ended: {ended}."
