@@ -50,8 +50,8 @@ def _timeout(bench: Bench) -> Outcome:
                 raise Lacking(f"the daemon did not start within 1.5 s: {result.output.strip()[-200:]}")
             if not result.timed_out:
                 return "a command that runs out of time is not told so"
-            if left := _pids(argument):
-                return f"{len(left)} of its processes live on"
+            if left := _living(_pids(argument)):
+                return f"{left} of its processes live on"
         on = sandbox.run(bench.argv("print('alive')"), timeout=60).stdout == b"alive\n"
     return None if on else "the sandbox does not go on"
 
@@ -64,15 +64,23 @@ def _close(bench: Bench) -> Outcome:
         pids = [*_pids(argument), sandbox.pid]
         if len(pids) < 2:
             raise Lacking("the background process is not seen from here")
-    left = [pid for pid in pids if _pids(argument) or _alive(pid)]
-    return f"{len(left)} processes live on" if left else None
+    left = _living(pids, 0.0)
+    return f"{left} processes live on" if left else None
 
 
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
+def _living(pids: list[int], seconds: float = 2.0) -> int:
+    """How many do not end within `seconds`: one that is killed may take a moment on a loaded machine."""
+    fds = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            fds.append(os.pidfd_open(pid))
+    left, rest, deadline = set(fds), seconds, time.monotonic() + seconds
+    while left and rest >= 0:
+        left -= set(select.select(list(left), [], [], rest)[0])
+        rest = deadline - time.monotonic()
+    for fd in fds:
+        os.close(fd)
+    return len(left)
 
 
 @contextlib.contextmanager
