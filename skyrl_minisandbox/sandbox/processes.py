@@ -122,7 +122,10 @@ def _exec(
     try:
         os.setsid()
         for target, fd in fds.items():
-            os.dup2(fd, target, inheritable=True)
+            if fd == target:
+                os.set_inheritable(fd, True)  # dup2 onto itself changes nothing: exec would close it
+            else:
+                os.dup2(fd, target, inheritable=True)
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         linux.close_range(max(max(fds), 2) + 1, _HIGHEST_FD)
