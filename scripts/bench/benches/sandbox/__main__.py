@@ -8,6 +8,7 @@ import ctypes
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from benches.sandbox.ours import Ours
 from benches.sandbox.peers import DEBIAN_PACKAGES, PEERS, libraries
 from benches.sandbox.peers.programs import Reference
 from benches.sandbox.profile import WORKS, profile
+from skyrl_minisandbox.errors import MiniSandboxError
 from skyrl_minisandbox.sandbox import linux
 
 _CHECKOUT = Path(__file__).resolve().parents[4]
@@ -86,7 +88,7 @@ def ground(arguments: argparse.Namespace, peers: Path) -> Iterator[Ground]:
                 say("unpacking a minimal Debian (once)")
                 place = peers / "debian"
                 name = root.debian_root(place)
-            except (subprocess.SubprocessError, OSError) as error:
+            except (ImportError, MiniSandboxError, subprocess.SubprocessError, OSError) as error:
                 say(f"no Debian: {error}; a small root instead")
                 place = work / "root"
         if not name:
@@ -188,7 +190,13 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     return parsed
 
 
+def _end(number: int, frame: object) -> None:
+    raise KeyboardInterrupt  # what was started ends, and what was made is removed
+
+
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     arguments = arguments_of(sys.argv[1:])
     peers = _CHECKOUT / ".cache/bench"
     peers.mkdir(parents=True, exist_ok=True)
@@ -211,4 +219,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

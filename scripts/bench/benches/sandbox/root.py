@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 _PROGRAMS = ("bash", "true", "cat", "sleep", "env", "tar", "gzip", "head", "rm", "mkdir", "ls", "dd", "stat")
@@ -38,29 +40,40 @@ def _copy(root: Path, target: Path, source: Path) -> None:
 
 
 def debian_root(path: Path) -> str:
-    """An unpacked Debian (minbase), kept for the next run; needs root, mmdebstrap and its package mirror."""
-    marker = path / "etc/os-release"
-    if not marker.exists():
-        shutil.rmtree(path, ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """The package's own base `debian`, unpacked and kept for the next run; needs root, mmdebstrap and a mirror."""
+    from skyrl_minisandbox.images.debian import make_root
+
+    release = path / "usr/lib/os-release"
+    if not release.exists():
         made = path.with_name(path.name + ".new")
+        tar = path.with_name(path.name + ".tar")
+        shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(made, ignore_errors=True)
-        subprocess.run(
-            ["mmdebstrap", "--quiet", "--variant=minbase", "stable", str(made)],
-            check=True, timeout=600, stdin=subprocess.DEVNULL, capture_output=True,
-        )
+        made.mkdir(parents=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent) as aside, open(tar, "wb") as file:
+                make_root(file, (), Path(aside))
+            subprocess.run(["tar", "-xf", tar, "-C", made], check=True, timeout=300)
+        finally:
+            tar.unlink(missing_ok=True)
         made.rename(path)
-    name = next(line for line in marker.read_text().splitlines() if line.startswith("PRETTY_NAME="))
-    return f"{name.partition('=')[2].strip(chr(34))}, minbase"
+    name = next(line for line in release.read_text().splitlines() if line.startswith("PRETTY_NAME="))
+    return f"{name.partition('=')[2].strip(chr(34))}, base `debian`"
 
 
-def environment_archive(path: Path) -> Path:
-    """The Python environment that this runs in, as the reference keeps its environments: a .tar.gz (gzip -1 here; how
-    it was packed does not tell in unpacking)."""
-    import sys
-
-    with open(path, "wb") as file:
-        tar = subprocess.Popen(["tar", "-C", sys.prefix, "-c", "."], stdout=subprocess.PIPE)
-        subprocess.run(["gzip", "-1"], stdin=tar.stdout, stdout=file, check=True, timeout=600)
-        tar.wait()
+def environment_archive(path: Path, size: int = 300 << 20) -> Path:
+    """`size` bytes of the Python environment that this runs in, as the reference keeps its environments: a .tar.gz."""
+    chosen, total = [], 0
+    for directory, names, files in os.walk(sys.prefix):
+        names.sort()
+        for name in sorted(files):
+            file = Path(directory, name)
+            if total < size and not file.is_symlink():
+                chosen.append(str(file.relative_to(sys.prefix)))
+                total += file.stat().st_size
+    listing = path.with_suffix(".list")
+    listing.write_text("\0".join(chosen))
+    subprocess.run(
+        ["tar", "-C", sys.prefix, "--null", "-T", listing, "-I", "gzip -6", "-cf", path], check=True, timeout=600
+    )
     return path

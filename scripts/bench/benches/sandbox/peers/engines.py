@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -23,6 +24,7 @@ class _Engine(Contender):
         self._numbers = itertools.count()
         self._base: list[str] = []
         self._options: list[str] = []
+        self._cgroup = f"minisandbox-bench-{os.getpid()}-{self.name}"
         self._note = ""
 
     def _import(self, ground: Ground) -> None:
@@ -49,11 +51,18 @@ class _Engine(Contender):
         name = f"minisandbox-bench-{os.getpid()}-{next(self._numbers)}"
         argv = [
             *self._base, "run", "--rm", "--interactive", "--network", "none", "--name", name, "--hostname", "sandbox",
-            "--memory", str(LIMITS.memory), "--pids-limit", str(LIMITS.processes), *self._options, _IMAGE, *BASH,
+            "--cgroup-parent", f"/{self._cgroup}", "--memory", str(LIMITS.memory),
+            "--pids-limit", str(LIMITS.processes), *self._options, _IMAGE, *BASH,
         ]
         with Stopwatch() as watch:
             seat = PipeSeat(argv, inside=[*self._base, "exec", name])
         return seat, watch.seconds
+
+    def _remove_cgroups(self) -> None:
+        for path in (*Path("/sys/fs/cgroup").glob(self._cgroup), *Path("/sys/fs/cgroup").glob(f"*/{self._cgroup}")):
+            for directory, _, _ in os.walk(path, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
 
     def version(self) -> str:
         said = subprocess.run([self._base[0], "--version"], capture_output=True, text=True, timeout=30).stdout
@@ -111,6 +120,7 @@ class Podman(_Engine):
         for argv in (["rm", "--all", "--force", "--time", "0"], ["rmi", "--all", "--force"]):
             subprocess.run([*self._base, *argv], capture_output=True, timeout=120, check=False)
         subprocess.run(["umount", self._place / "overlay"], capture_output=True, timeout=30, check=False)
+        self._remove_cgroups()
         shutil.rmtree(self._run, ignore_errors=True)
 
 
@@ -186,4 +196,5 @@ class Docker(_Engine):
             except (RuntimeError, subprocess.TimeoutExpired):
                 pass
         self._end_daemon()
+        self._remove_cgroups()
         shutil.rmtree(self._run, ignore_errors=True)
