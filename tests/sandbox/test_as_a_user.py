@@ -10,12 +10,14 @@ import pytest
 from tests.support import OrdinaryUser, needs, seconds
 
 
-@pytest.mark.ci
+@pytest.mark.parametrize(
+    "tier", [pytest.param("ci", marks=pytest.mark.ci), pytest.param("night", marks=pytest.mark.night)]
+)
 @needs("rootless", "overlay")
-def test_every_promise_holds_for_an_ordinary_user(user: OrdinaryUser) -> None:
+def test_every_promise_holds_for_an_ordinary_user(tier: str, user: OrdinaryUser) -> None:
     tests = Path(__file__).resolve().parents[1]
-    target = user.home / "checkout"
-    for name in ("__init__.py", "support.py", "conftest.py", "orphans.py"):
+    target = user.home / f"checkout-{tier}"
+    for name in ("__init__.py", "support.py", "conftest.py", "orphans.py", "footprint.py"):
         target.joinpath("tests").mkdir(parents=True, exist_ok=True)
         shutil.copy(tests / name, target / "tests" / name)
     shutil.copytree(tests / "sandbox", target / "tests/sandbox", ignore=shutil.ignore_patterns("__pycache__"))
@@ -24,8 +26,8 @@ def test_every_promise_holds_for_an_ordinary_user(user: OrdinaryUser) -> None:
     for path in target.rglob("*"):
         shutil.chown(path, user.uid, user.gid)
     done = user.run(
-        [user.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/sandbox", "-rs"], cwd=target,
-        timeout=seconds(300),
+        [user.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--tier={tier}", "tests/sandbox", "-rs"],
+        cwd=target, timeout=seconds(900 if tier == "ci" else 3600),
     )
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
