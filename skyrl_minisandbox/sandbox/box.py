@@ -193,10 +193,13 @@ class Box:
 
     def fate(self) -> str:
         """How it ended by what was done in it: "oom" or "disk_full"; "" while it lives and for every other end."""
-        if self._fate is None and not self._closed.is_set() and not self.alive:
+        if self._fate is None and not self._closed.is_set():
+            poll = select.poll()
+            poll.register(self._sock, 0)
             try:
-                answer, _ = self._launcher.ask("fate", timeout=ANSWER_SLACK, box=self.number)
-                self._fate = str(answer["why"])
+                if poll.poll(0):  # POLLHUP: init's end is closed
+                    answer, _ = self._launcher.ask("fate", timeout=ANSWER_SLACK, box=self.number)
+                    self._fate = str(answer["why"])
             except SandboxError:
                 pass  # the launcher has ended
         return self._fate or ""
@@ -257,8 +260,9 @@ class Box:
     def broken(self, why: str) -> NoReturn:
         """What comes from inside is not what init sends: end this sandbox, and only this one."""
         try:
+            self.fate()  # if it has ended already
             self._sock.shutdown(socket.SHUT_RDWR)
-            self._fate = self._launcher.ask("destroy", box=self.number)[0].get("why", "")
+            self._launcher.ask("destroy", box=self.number)
         except (OSError, SandboxError):
             pass
         raise SandboxGone(f"the sandbox was ended: {why}")

@@ -124,7 +124,7 @@ def _loop(sock: socket.socket) -> None:
 
 def is_beyond(top: int, disk: int, inodes: int) -> bool:
     """Whether a tree takes more than so many bytes of its disk, or has more than so many entries."""
-    size = count = 0
+    size, count = 0.0, 0
     # (descriptor, its directories that are still to be opened); depth first, so that few are open at once
     stack: list[tuple[int, list[str]]] = []
     try:
@@ -139,7 +139,7 @@ def is_beyond(top: int, disk: int, inodes: int) -> bool:
                         directory = stat.S_ISDIR(status.st_mode)
                         count += 1
                         # A file of several names is counted in parts: they all lie in this tree.
-                        size += status.st_blocks * _BLOCK // (1 if directory else max(status.st_nlink, 1))
+                        size += status.st_blocks * _BLOCK / (1 if directory else max(status.st_nlink, 1))
                         if size > disk or count > inodes:
                             return True
                         if directory and len(stack) < _DEEPEST:
