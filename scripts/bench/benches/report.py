@@ -68,6 +68,18 @@ class Row:
         }
 
 
+BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
+
+
+def put_figures(path: Path, figures: str) -> None:
+    """Replace what stands between the two marks of a page. Raises `ValueError` when they are not there."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no line {BEGIN.strip()} with a line {END.strip()} below it")
+    path.write_text(f"{before}{BEGIN}{figures}{END}{after}")
+
+
 def _round(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
@@ -99,6 +111,31 @@ class Report:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.data(), indent=1, ensure_ascii=False) + "\n")
+
+    def markdown(self) -> str:
+        """A table with a column for each peer: its value, and in brackets ours divided by it."""
+        peers = list(dict.fromkeys(name for row in self.rows for name in row.peers))
+        lines = [
+            ", ".join(f"{key} {value}" for key, value in self.facts.items()) + ".",
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in self.versions.items()) + ".", "",
+            "| " + " | ".join(["measure, p50", "unit", "ours", "bar", "holds", *peers]) + " |",
+            "|" + "---|" * (5 + len(peers)),
+        ]
+        for row in self.rows:
+            cells = [
+                row.measure.strip(), row.unit, "not run" if row.ours is None else f"{row.ours:.3g}", row.bar,
+                {True: "yes", False: "**no**", None: "not judged" if row.bar else ""}[row.holds],
+            ]
+            for name in peers:
+                ratio = f" ({row.ratio[name]:.2g}x)" if name in row.ratio else ""
+                cells.append(f"{row.peers[name]:.3g}{ratio}" if name in row.peers else "")
+            lines.append("| " + " | ".join(cells) + " |")
+        for title, told in (("Absent", self.absent), ("Not run", self.not_run)):
+            if told:
+                lines += ["", f"{title}: " + "; ".join(f"{name} ({why})" for name, why in told.items()) + "."]
+        if self.notes:
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
 
     def text(self) -> str:
         facts = ", ".join(f"{key} {value}" for key, value in self.facts.items())

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benches.contender import Absent, Contender, Ground
-from benches.report import Report
+from benches.report import Report, put_figures
 from benches.sandbox import root
 from benches.sandbox.floor import Floor
 from benches.sandbox.measures import Measures
@@ -170,6 +170,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     names = list(contenders())
     parser.add_argument("--quick", action="store_true", help="at most a minute: few samples, a small root, fewer peers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--docs", type=Path, metavar="PAGE", help="put the table between the two marks of this page")
     parser.add_argument("--rows", help=f"some of {','.join(rows)}")
     parser.add_argument("--peers", help=f"some of {','.join(names)}; none for an empty text")
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
@@ -214,6 +215,8 @@ def main() -> None:
     print(report.text())
     if arguments.json:
         report.write(arguments.json)
+    if arguments.docs:
+        put_figures(arguments.docs, report.markdown())
     if arguments.check and any(row.holds is False for row in report.rows):
         sys.exit(1)
 

@@ -282,7 +282,7 @@ class Measures:
             for contender in self._all():
                 try:
                     one = self._create_time(contender)
-                    if contender.name in failed or (turn and one > 0.1):
+                    if contender.name in failed or (turn and contender not in (self._ours, self._floor)):
                         continue
                     count = max(3, min(wanted, int(budget / one)))
                     found.setdefault(contender.name, []).append(self._held(contender, count))
