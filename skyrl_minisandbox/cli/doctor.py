@@ -82,7 +82,7 @@ def print_findings(findings: list[Finding]) -> None:
 def lines(feature: Feature) -> list[str]:
     """`ok`, `weaker` or `BROKEN`, then what; cost and fix only where something is missing."""
     word = "ok" if feature.ok else "BROKEN" if feature.needed else "weaker"
-    text = [f"{word:7} {feature.name}: {feature.what}"]
+    text = textwrap.wrap(f"{word:7} {feature.name}: {feature.what}", 96, subsequent_indent=" " * 13)
     if not feature.ok:
         for label, said in (("cost", feature.cost), ("fix", feature.fix)):
             if said:

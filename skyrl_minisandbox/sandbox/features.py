@@ -74,8 +74,7 @@ def _architecture() -> Feature:
 
 def _facts(launcher: client.LauncherClient) -> list[Feature]:
     facts = launcher.facts
-    cgroups = facts["memory_cgroup"] and facts["pids_cgroup"]
-    return [
+    found = [
         Feature(
             "id-range", not facts["single_id"], False,
             "root only: a single id is mapped" if facts["single_id"] else "65,536 users and groups are mapped",
@@ -83,18 +82,45 @@ def _facts(launcher: client.LauncherClient) -> list[Feature]:
             "" if not facts["single_id"] else "run as root, where that is possible",
         ),
         Feature(
-            "memory-and-process-limits", cgroups, False,
-            "by cgroup" if cgroups else f"by rlimits; no cgroup: {facts['cgroup']}",
-            "memory is limited per process, not per sandbox, and running out of it is not told as `oom_killed`",
-            "" if cgroups else "delegate a cgroup with the memory and pids controllers (systemd: `Delegate=yes`)",
-        ),
-        Feature(
             "upper-on-tmpfs", facts["tmpfs_upper"], False,
             "works" if facts["tmpfs_upper"] else "this kernel fails to remove lower directories over it",
-            "what a sandbox writes goes to disk below `images.cache`, without a size limit",
+            "what a sandbox writes goes to disk below `images.cache`, which has no quota: it is looked at every few "
+            "seconds, and a sandbox beyond its limit on bytes or files is ended, after the machine has lost more",
             "" if facts["tmpfs_upper"] else "a newer kernel (6.2 or later), or run as root",
         ),
     ]
+    by = {"memory-limit": "memory_cgroup", "process-limit": "pids_cgroup", "cpu-weight": "cpu_cgroup"}
+    missing = [name for name, fact in by.items() if not facts.get(fact)]
+    reason = facts["cgroup"] or "its controllers are not all there"
+    found.append(Feature(
+        "cgroup", not missing, False, reason if missing else "memory, processes and cpu are limited by it",
+        f"weaker below: {', '.join(missing)}", _cgroup_fix() if missing else "",
+    ))
+    return found + [Feature(name, False, False, "without a cgroup", _COSTS[name]) for name in missing]
+
+
+_COSTS = {
+    "memory-limit": "memory is limited for each process, not for the sandbox, and running out of it is not told as "
+    "`oom_killed`; what is written to memory (the root, /dev/shm) has its own limits beside that",
+    "process-limit": "processes are limited by RLIMIT_NPROC, for each user inside on its own",
+    "cpu-weight": "a sandbox gets a share of the processors for each of its processes, however many they are",
+}
+
+
+def _cgroup_fix() -> str:
+    """What gives a cgroup, by the version that this machine has and by who asks."""
+    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):  # of v2 alone; hybrid machines limit by v1
+        if not os.path.isdir("/sys/fs/cgroup/memory"):
+            return "mount the cgroup file system at /sys/fs/cgroup, writable; in a pod run it privileged"
+        if os.geteuid() == 0:
+            return "make /sys/fs/cgroup writable; in a pod run it privileged"
+        return "run as root, or boot with cgroup v2 (`systemd.unified_cgroup_hierarchy=1`) and use `Delegate=yes`"
+    if os.geteuid() == 0:
+        return "for a systemd service `Delegate=yes` and `DelegateSubgroup=own`; in a pod a writable /sys/fs/cgroup"
+    return (
+        "run below `systemd-run --user --scope -p Delegate=yes COMMAND`; for a service `Delegate=yes` and "
+        "`DelegateSubgroup=own`; for the cpu controller also `Delegate=cpu memory pids` on user@.service"
+    )
 
 
 def machine_spec(layer: Path, scratch: Path) -> tuple[SandboxSpec, tuple[str, ...]]:

@@ -96,6 +96,7 @@ class Launcher:
             tmpfs_upper=root_mode or self._overlays.tmpfs_holds_upper(),
             memory_cgroup=bool(self._cgroups and self._cgroups.memory),
             pids_cgroup=bool(self._cgroups and self._cgroups.pids),
+            cpu_cgroup=bool(self._cgroups and self._cgroups.cpu),
         )
 
     def _enter_userns(self) -> None:

@@ -43,7 +43,7 @@ ACCEPTED = {
 """What may be WEAK, and why; any other WEAK counts like BAD."""
 
 FIXES = {
-    "limit-memory": "delegate a cgroup with the memory and pids controllers (systemd: `Delegate=yes`)",
+    "limit-memory": "what `minisandbox doctor` says of `cgroup`",
     "limit-disk": "a newer kernel (6.2 or later), or run as root: the upper is a tmpfs then",
     "limit-inodes": "a newer kernel (6.2 or later), or run as root: the upper is a tmpfs then",
     "private-proc": "in a pod set `procMount: Unmasked` or run it privileged",
