@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from skyrl_minisandbox.errors import MachineError, SandboxError, SandboxGone
-from skyrl_minisandbox.sandbox import client, transfer, wire
+from skyrl_minisandbox.sandbox import client, scratch, transfer, wire
 from skyrl_minisandbox.sandbox.box import Box, TooLong
 from skyrl_minisandbox.sandbox.shell import Shell
 from skyrl_minisandbox.sandbox.spec import CommandResult, SandboxSpec
@@ -123,7 +123,7 @@ class Sandbox:
                     "this kernel cannot hold a plain user's upper on tmpfs, and no directory for one on disk is given",
                     hint="set `images.cache=DIR` to a directory on ext4, xfs or btrfs",
                 )
-            upper = self.spec.scratch / secrets.token_hex(8)
+            upper = scratch.place(self.spec.scratch)
         self._used_upper = True
         if upper is not None:
             try:
