@@ -28,8 +28,10 @@ _USER = "1000"  # of machine_spec's passwd
 _DEADLINE = 120.0  # seconds for all attempts of one user; they take a quarter of one on a quiet machine
 VERDICTS = (OK, NOT_RUN, WEAK, BAD)
 """From the best to the worst."""
-LIMITS = {"memory": 256 * MIB, "disk": 48 * MIB, "processes": 100, "open_files": 512, "output": 1 << 16, "inodes": 4096}
-"""Small, so that reaching each takes no time. Names that `Limits` does not have yet are left out."""
+LIMITS = Limits(
+    memory=256 * MIB, disk=48 * MIB, processes=100, open_files=512, output=1 << 16, inodes=4096, core=0
+)
+"""Small, so that reaching each takes no time."""
 
 ACCEPTED = {
     "shell-memory": "commands of one user may look into each other; `sysctl -w kernel.yama.ptrace_scope=1` stops it",
@@ -84,16 +86,14 @@ def self_check(
     say: told what is tried now.
     Raises `MachineError` where no sandbox can be made, or none in which a Python runs.
     """
-    known_limits = {field.name for field in dataclasses.fields(Limits)}
-    limits = Limits(**{name: value for name, value in LIMITS.items() if name in known_limits})
     with tempfile.TemporaryDirectory(prefix="minisandbox-check-") as directory, traps.planted() as known:
         root = Path(directory)
         (root / "layer").mkdir(mode=0o755)
         spec, pythons = machine_spec(root / "layer", root / "scratch")
-        spec = change(dataclasses.replace(spec, limits=limits, allow_degraded=allow_degraded))
+        spec = change(dataclasses.replace(spec, limits=LIMITS, allow_degraded=allow_degraded))
         say("traps")
         harmless = traps.sprung(known)
-        known.update(open_files=limits.open_files, core=getattr(limits, "core", 0), only=sorted(only))
+        known.update(open_files=LIMITS.open_files, core=LIMITS.core, only=sorted(only))
         launcher = client.LauncherClient()
         try:
             bench = trials.Bench(spec, launcher, _python(spec, launcher, pythons), known)

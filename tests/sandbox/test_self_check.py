@@ -65,6 +65,16 @@ def test_limits_that_are_not_kept_are_seen() -> None:
     assert (found["core-size"].verdict, found["limit-output"].verdict) == ("BAD", "OK")
 
 
+@pytest.mark.ci
+def test_an_upper_on_disk_is_weak_by_name_as_it_is_ended_later() -> None:
+    found = check(lambda spec: dataclasses.replace(spec, on_disk=True), "limit-disk", "limit-inodes", "files")
+    disk = found["limit-disk"]
+    assert disk.verdict == "WEAK" and disk.accepted and not disk.broken, disk
+    assert disk.detail == "more than the limit can be written; then the sandbox is ended"
+    assert found["limit-inodes"].verdict in ("OK", "WEAK")  # ended while it was at it, or later
+    assert found["files"].verdict == "OK"
+
+
 def test_what_a_plain_namespace_lets_through_is_seen(tmp_path: Path) -> None:
     """The same attempts, where nothing but namespaces is: no filter, every capability, a free /proc."""
     bad = ["no-new-privs", "filter", "capabilities", "calls-mounting", "calls-namespaces", "interfaces"]
