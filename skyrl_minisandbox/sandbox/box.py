@@ -295,10 +295,8 @@ class Box:
             if self._closed.is_set():
                 return {}
             self._closed.set()
-            try:
-                self._sock.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for an answer
-            except OSError:
-                pass
+            if not keep:  # with it nobody waits, and init must not end before the launcher knows what to keep
+                self.cut()  # wakes whoever waits for an answer
             try:
                 answer, _ = self._launcher.ask("destroy", box=self.number, keep=keep)
                 self._fate = self._fate or answer.pop("why", "")
@@ -309,7 +307,8 @@ class Box:
                 return {}  # the launcher is gone, and every sandbox with it
 
     def cut(self) -> None:
-        """The launcher has ended: let init see its owner's end close, and whoever waits for an answer."""
+        """Let init see its owner's end close, and whoever waits for an answer. Also what is to be done when the launcher
+        has ended."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:

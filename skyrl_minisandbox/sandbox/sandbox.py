@@ -381,15 +381,18 @@ class Sandbox:
         sandbox itself (/proc, /dev, /tmp and those of binds). Raises `OSError(EFBIG)` beyond
         `limit` paths.
         """
-        told = io.BytesIO()
-        with self._lock:
-            self._piped("changes", told, limit=limit)
-        kinds = {b"A": "added", b"M": "modified", b"R": "removed"}
         ours = {"/proc", "/dev", "/tmp"}  # made, or given its mode, where an image lacks it
         for bind in self.spec.binds:
             ours |= {bind.target, *map(str, Path(bind.target).parents)}
+        told = io.BytesIO()
+        with self._lock:
+            self._piped("changes", told, limit=limit + len(ours))
+        kinds = {b"A": "added", b"M": "modified", b"R": "removed"}
         lines = [(os.fsdecode(b"/" + line[1:]), kinds[line[:1]]) for line in told.getvalue().split(b"\0")[:-1]]
-        return [Change(path, kind) for path, kind in lines if path not in ours]  # type: ignore[arg-type]
+        found = [Change(path, kind) for path, kind in lines if path not in ours]  # type: ignore[arg-type]
+        if len(found) > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "/")
+        return found
 
     def export_layer(
         self, file: IO[bytes], *, prefix: str = "", max_bytes: int = transfer.MOST_BYTES,
