@@ -193,6 +193,7 @@ def shared_memory(known: dict[str, Any]) -> Outcome:
     from multiprocessing import shared_memory as module
 
     block = module.SharedMemory(create=True, size=4096)
+    assert block.buf is not None
     block.buf[:5] = b"bytes"
     block.close()
     block.unlink()

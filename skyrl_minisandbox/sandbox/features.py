@@ -18,7 +18,7 @@ from skyrl_minisandbox.sandbox.sandbox import Sandbox
 from skyrl_minisandbox.sandbox.seccomp import AUDIT_ARCH
 from skyrl_minisandbox.sandbox.spec import Bind, SandboxSpec
 
-_OLDEST = (5, 11)  # overlayfs for plain users, and every system call of linux.py but the id-mapped mounts
+_OLDEST = (5, 12)  # mount_setattr; overlayfs for plain users since 5.11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _facts(launcher: client.LauncherClient) -> list[Feature]:
             "works" if facts["tmpfs_upper"] else "this kernel fails to remove lower directories over it",
             "what a sandbox writes goes to disk below `images.cache`, which has no quota: it is looked at every few "
             "seconds, and a sandbox beyond its limit on bytes or files is ended, after the machine has lost more",
-            "" if facts["tmpfs_upper"] else "a newer kernel (6.2 or later), or run as root",
+            "" if facts["tmpfs_upper"] else "a newer kernel (6.6 or later), or run as root",
         ),
     ]
     by = {"memory-limit": "memory_cgroup", "process-limit": "pids_cgroup", "cpu-weight": "cpu_cgroup"}

@@ -46,8 +46,8 @@ ACCEPTED = {
 
 FIXES = {
     "limit-memory": "what `minisandbox doctor` says of `cgroup`",
-    "limit-disk": "a newer kernel (6.2 or later), or run as root: the upper is a tmpfs then",
-    "limit-inodes": "a newer kernel (6.2 or later), or run as root: the upper is a tmpfs then",
+    "limit-disk": "a newer kernel (6.6 or later), or run as root: the upper is a tmpfs then",
+    "limit-inodes": "a newer kernel (6.6 or later), or run as root: the upper is a tmpfs then",
     "private-proc": "in a pod set `procMount: Unmasked` or run it privileged",
     "user-inside": "run as root, where that is possible",
 }
