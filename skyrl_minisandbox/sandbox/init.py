@@ -107,6 +107,7 @@ def _get_ready(
         _step("cgroup namespace", lambda: linux.unshare(linux.CLONE_NEWCGROUP))
     if network == "none":
         _step("loopback", linux.loopback_up)
+    _step("bounding set", lambda: linux.bound_capabilities(CAPABILITIES))
     _step("private mounts", lambda: linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE))
     for step in mounts.steps_ahead(single_id):
         try:
@@ -153,16 +154,13 @@ def _verify(request: dict[str, Any]) -> None:
 
 
 def _verify_status() -> None:
-    status = {}
-    with open("/proc/self/status") as file:
-        for line in file:
-            key, _, value = line.partition(":")
-            status[key] = value.strip()
+    with open("/proc/self/status", "rb", buffering=0) as file:
+        text = file.read(1 << 14).decode()
     mask = f"{sum(1 << capability for capability in CAPABILITIES):016x}"
     wanted = {"NoNewPrivs": "1", "Seccomp": "2", "CapBnd": mask, "CapEff": mask, "CapInh": "0" * 16}
     for key, value in wanted.items():
-        if status.get(key) != value:
-            raise SetupFailed("verification", 0, f"{key} is {status.get(key)}, asked for {value}")
+        if f"\n{key}:\t{value}\n" not in text:
+            raise SetupFailed("verification", 0, f"{key} is not {value}: {text[-1500:]}")
 
 
 def _verify_place(request: dict[str, Any]) -> None:

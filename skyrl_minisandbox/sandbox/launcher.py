@@ -24,7 +24,7 @@ import struct
 from typing import Any
 
 from skyrl_minisandbox.sandbox import limits, linux, processes, seccomp, wire
-from skyrl_minisandbox.sandbox.mounts import DEV, HOST, NEW_ROOT, PROC
+from skyrl_minisandbox.sandbox.mounts import HOST, NEW_ROOT
 from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Mounted, Overlays, map_base
 from skyrl_minisandbox.sandbox.spare import Spares
 from skyrl_minisandbox.sandbox.watch import Watcher
@@ -83,7 +83,7 @@ class Launcher:
             # Slave, not private: what the machine mounts or unmounts later is seen here too, and nothing of ours there.
             linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
             linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=4m")
-            for name in (HOST, "/l", "/s", "/x", NEW_ROOT, PROC, DEV):
+            for name in (HOST, "/l", "/s", "/x", NEW_ROOT):
                 os.mkdir(f"/tmp{name}", 0o755)
             linux.pivot_root("/tmp", f"/tmp{HOST}")
             os.chdir("/")

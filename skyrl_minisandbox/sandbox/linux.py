@@ -222,14 +222,18 @@ def set_name(name: str) -> None:
     prctl(PR_SET_NAME, ctypes.addressof(buffer))
 
 
-def set_capabilities(keep: tuple[int, ...]) -> None:
-    """Drop everything but `keep` from the bounding, effective and permitted sets; inheritable and ambient to none."""
+def bound_capabilities(keep: tuple[int, ...]) -> None:
+    """Drop everything but `keep` from the bounding set."""
     for capability in range(CAP_LAST_CAP + 1):
         if capability not in keep:
             try:
                 prctl(PR_CAPBSET_DROP, capability)
             except OSError:
                 break  # EINVAL: beyond this kernel's last capability
+
+
+def set_capabilities(keep: tuple[int, ...]) -> None:
+    """Drop everything but `keep` from the effective and permitted sets; inheritable and ambient to none."""
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     mask = sum(1 << capability for capability in keep)
     header = struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0)

@@ -18,7 +18,10 @@ from skyrl_minisandbox.sandbox.limits import tmpfs_size
 
 NEW_ROOT = "/m"
 HOST = "/host"
-PROC, DEV = "/p", "/d"  # where these are put together, before there is a root for them
+# A waiting init has a root of its own, a tmpfs with nothing of the machine in it, and there what is ready. Before that
+# root is entered, the same is seen below NEW_ROOT.
+_PROC, _DEV = "/p", "/d"
+_PROC_AHEAD, _DEV_AHEAD = NEW_ROOT + _PROC, NEW_ROOT + _DEV
 PRIVATE = "/dev/.minisandbox"  # files of the shell; below our own /dev, so in every image and in no layer
 
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -72,36 +75,43 @@ def _attach(fd: int, target: str) -> None:
     os.close(fd)
 
 
+def _waiting_room() -> None:
+    linux.mount("tmpfs", NEW_ROOT, "tmpfs", _FLAGS, "mode=755,size=64k")
+    for path in (NEW_ROOT, _PROC, _DEV):
+        os.mkdir(NEW_ROOT + path)
+
+
 def _dev(single_id: bool) -> None:
-    linux.mount("tmpfs", DEV, "tmpfs", linux.MS_NOSUID, "mode=755,size=4m,nr_inodes=4096")
+    linux.mount("tmpfs", _DEV_AHEAD, "tmpfs", linux.MS_NOSUID, "mode=755,size=4m,nr_inodes=4096")
     for name in _DEVICES:
-        os.close(os.open(f"{DEV}/{name}", os.O_CREAT | os.O_CLOEXEC, 0o666))
-        linux.mount(f"{HOST}/dev/{name}", f"{DEV}/{name}", None, linux.MS_BIND)
+        os.close(os.open(f"{_DEV_AHEAD}/{name}", os.O_CREAT | os.O_CLOEXEC, 0o666))
+        linux.mount(f"{HOST}/dev/{name}", f"{_DEV_AHEAD}/{name}", None, linux.MS_BIND)
     for name, target in _LINKS.items():
-        os.symlink(target, f"{DEV}/{name}")
+        os.symlink(target, f"{_DEV_AHEAD}/{name}")
     for name in ("pts", "shm", ".minisandbox"):
-        os.mkdir(f"{DEV}/{name}", 0o755)
+        os.mkdir(f"{_DEV_AHEAD}/{name}", 0o755)
     owner = "" if single_id else ",gid=5"
-    linux.mount("devpts", f"{DEV}/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC,
+    linux.mount("devpts", f"{_DEV_AHEAD}/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC,
                 f"newinstance,ptmxmode=0666,mode=620{owner}")
-    linux.mount("tmpfs", f"{DEV}/.minisandbox", "tmpfs", _FLAGS | linux.MS_NOEXEC, "mode=711,size=64m,nr_inodes=1024")
+    linux.mount("tmpfs", f"{_DEV_AHEAD}/.minisandbox", "tmpfs", _FLAGS | linux.MS_NOEXEC,
+                "mode=711,size=64m,nr_inodes=1024")
 
 
 def _mask(name: str) -> None:
-    path = f"{PROC}/{name}"
+    path = f"{_PROC_AHEAD}/{name}"
     if os.path.lexists(path):
         linux.mount(f"{HOST}/dev/null", path, None, linux.MS_BIND)
 
 
 def _proc() -> None:
-    linux.mount("proc", PROC, "proc", _FLAGS | linux.MS_NOEXEC)
+    linux.mount("proc", _PROC_AHEAD, "proc", _FLAGS | linux.MS_NOEXEC)
     for name in _MASKED:
         _mask(name)
     for name in _MASKED_DIRECTORIES:
-        if os.path.isdir(f"{PROC}/{name}"):
-            linux.mount("tmpfs", f"{PROC}/{name}", "tmpfs", linux.MS_RDONLY | _FLAGS, "size=0,nr_inodes=1")
+        if os.path.isdir(f"{_PROC_AHEAD}/{name}"):
+            linux.mount("tmpfs", f"{_PROC_AHEAD}/{name}", "tmpfs", linux.MS_RDONLY | _FLAGS, "size=0,nr_inodes=1")
     for name in _READ_ONLY:
-        path = f"{PROC}/{name}"
+        path = f"{_PROC_AHEAD}/{name}"
         if os.path.exists(path):
             linux.mount(path, path, None, linux.MS_BIND | linux.MS_REC)
             linux.mount(None, path, None, linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY
@@ -113,7 +123,7 @@ def _place_proc(request: dict[str, Any], refused: OSError | None) -> None:
     a pod without `procMount: Unmasked`; then /proc is empty inside, if `proc` may be lost."""
     request["lost"] = []
     if refused is None:
-        linux.mount(PROC, safe_target("/proc"), None, linux.MS_MOVE)
+        linux.mount(_PROC, safe_target("/proc"), None, linux.MS_MOVE)
     elif refused.errno == errno.EPERM and "proc" in request["allow_degraded"]:
         safe_target("/proc")
         request["lost"].append("proc")
@@ -155,18 +165,20 @@ def _enter() -> None:
 
 
 def steps_ahead(single_id: bool) -> Iterator[Step]:
-    """What is the same in every sandbox, before it has a root; the first of them is /proc, which may be refused."""
+    """What is the same in every sandbox, from the launcher's file system to a root to wait in; /proc may be refused."""
+    yield Step("a root to wait in", _waiting_room)
     yield Step("proc at /proc", _proc)
     yield Step("tmpfs, devices and devpts at /dev", lambda: _dev(single_id))
+    yield Step("pivot_root to wait", _enter)
 
 
 def root_steps(
     request: dict[str, Any], root_fd: int, bind_fds: list[int], proc_refused: OSError | None
 ) -> Iterator[Step]:
-    """The steps from the launcher's file system to the sandbox's own root, in order."""
+    """The steps from there to the sandbox's own root, in order."""
     yield Step("overlay at /", lambda: _attach(root_fd, NEW_ROOT))
     yield Step("proc at /proc", lambda: _place_proc(request, proc_refused))
-    yield Step("/dev", lambda: linux.mount(DEV, safe_target("/dev"), None, linux.MS_MOVE))
+    yield Step("/dev", lambda: linux.mount(_DEV, safe_target("/dev"), None, linux.MS_MOVE))
     yield Step("tmpfs at /dev/shm", lambda: _shm(request))
     if request["private_tmp"]:
         yield Step("tmpfs at /tmp and /run", lambda: _private_tmp(request["limits"]))
