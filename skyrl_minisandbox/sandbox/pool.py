@@ -120,7 +120,7 @@ class Pool:
         try:
             shell = sandbox.shell()
             shell.run(":", timeout=_WARM_UP)
-            sandbox._first_shell = shell
+            sandbox.prepared(shell)
         except BaseException:
             sandbox.close()
             raise
