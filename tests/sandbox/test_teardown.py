@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -164,6 +165,7 @@ def test_many_sandboxes_leave_no_descriptor_and_no_mount(spec: SandboxSpec) -> N
         return mine, theirs, mounts
 
     settled(launcher)
+    gc.collect()  # what earlier tests left to the collector
     before = held()
     for _ in range(30):
         with Sandbox(spec, launcher) as sandbox:
