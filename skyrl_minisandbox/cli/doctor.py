@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import sys
 import textwrap
 from importlib import metadata
@@ -32,7 +33,7 @@ def run(request: Request) -> int:
     settings = load_settings(request.overrides)
     if "--sandbox" in request.options:
         return check_sandbox(settings, request.json)
-    found = [*features(), cache_disk(settings), *extras()]
+    found = [*features(_cache_directory(settings)), cache_disk(settings), *extras()]
     if request.json:
         print_json([dataclasses.asdict(feature) for feature in found])
     else:
@@ -54,6 +55,7 @@ def check_sandbox(settings: Settings, as_json: bool) -> int:
     """
     findings = self_check(
         allow_degraded=tuple(settings.env.sandbox.allow_degraded),
+        directory=_cache_directory(settings),
         say=lambda name: print(f"trying {name} …", file=sys.stderr, flush=True),
     )
     if as_json:
@@ -105,6 +107,12 @@ def cache_disk(settings: Settings) -> Feature:
         if fresh and Path(path).is_dir():
             _remove_if_unused(Path(path))
     return Feature("cache-directory", True, True, f"{path} can be written and holds an overlay upper")
+
+
+def _cache_directory(settings: Settings) -> str | None:
+    """The cache directory, where there is one: its disk is what an upper on disk will lie on."""
+    path = settings.env.images.cache
+    return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
 def _remove_if_unused(path: Path) -> None:

@@ -37,8 +37,11 @@ class Feature:
     fix: str = ""
 
 
-def features() -> list[Feature]:
-    """Run every check; a launcher of its own is started and ended. A check that cannot be run any more is left out."""
+def features(directory: str | None = None) -> list[Feature]:
+    """Run every check; a launcher of its own is started and ended. A check that cannot be run any more is left out.
+
+    directory: where a sandbox may have an upper on disk; the usual one for temporary files by default.
+    """
     if sys.platform != "linux":
         return [Feature("linux", False, True, f"this is {sys.platform}", "sandboxes are Linux namespaces", "use Linux")]
     found = [_kernel(), _architecture()]
@@ -49,7 +52,7 @@ def features() -> list[Feature]:
     try:
         found.append(Feature("user-namespaces", True, True, "they can be made"))
         found += _facts(launcher)
-        found.append(_sandbox(launcher))
+        found.append(_sandbox(launcher, directory))
     finally:
         launcher.close()
     return found
@@ -150,9 +153,9 @@ def machine_spec(layer: Path, scratch: Path) -> tuple[SandboxSpec, tuple[str, ..
     return spec, (python, "/usr/bin/python3", "/usr/local/bin/python3")
 
 
-def _sandbox(launcher: client.LauncherClient) -> Feature:
+def _sandbox(launcher: client.LauncherClient, place: str | None) -> Feature:
     """Make a sandbox over an empty layer with the machine's /usr, and run something in it."""
-    with tempfile.TemporaryDirectory(prefix="minisandbox-doctor-") as directory:
+    with tempfile.TemporaryDirectory(prefix="minisandbox-doctor-", dir=place) as directory:
         layer = Path(directory, "layer")
         layer.mkdir()
         spec, _ = machine_spec(layer, Path(directory, "scratch"))

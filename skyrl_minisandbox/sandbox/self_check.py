@@ -78,16 +78,18 @@ def self_check(
     allow_degraded: tuple[str, ...] = (),
     change: Callable[[SandboxSpec], SandboxSpec] = lambda spec: spec,
     only: Collection[str] = (),
+    directory: str | None = None,
     say: Callable[[str], None] = lambda name: None,
 ) -> list[Finding]:
     """Try every promise in fresh sandboxes of a launcher of its own; a few seconds. Nothing is left behind.
 
     change: what to try instead of the usual sandbox over the machine's /usr. only: names of promises; empty: all.
+    directory: where a sandbox may have an upper on disk; the usual one for temporary files by default.
     say: told what is tried now.
     Raises `MachineError` where no sandbox can be made, or none in which a Python runs.
     """
-    with tempfile.TemporaryDirectory(prefix="minisandbox-check-") as directory, traps.planted() as known:
-        root = Path(directory)
+    with tempfile.TemporaryDirectory(prefix="minisandbox-check-", dir=directory) as place, traps.planted() as known:
+        root = Path(place)
         (root / "layer").mkdir(mode=0o755)
         spec, pythons = machine_spec(root / "layer", root / "scratch")
         spec = change(dataclasses.replace(spec, limits=LIMITS, allow_degraded=allow_degraded))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ FEW = ("host-file", "host-tcp", "namespaces", "shell-memory", "limit-output")
 NO_USERNS = ["unshare", "-Ur", "bash", "-c", 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"', "bash"]
 
 
+@pytest.mark.ci
 @needs("userns", "overlay")
 def test_a_program_reads_every_promise_and_nothing_is_left(minisandbox: Command) -> None:
     done = minisandbox("doctor", "--sandbox", "--json")
@@ -61,6 +64,21 @@ def test_a_weakness_that_is_accepted_is_no_break_and_another_one_is() -> None:
     accepted = Finding("shell-memory", "", "WEAK", "it opens", accepted="known")
     assert not accepted.broken and dataclasses.replace(accepted, accepted="").broken
     assert Finding("x", "", "BAD", accepted="known").broken and not Finding("x", "", "not run", "why").broken
+
+
+@needs("userns", "overlay")
+def test_a_cache_that_is_there_holds_the_sandboxes_and_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used: list[list[Path]] = []
+    few = functools.partial(self_check, only=FEW)
+
+    def watched(**options: Any) -> list[Finding]:
+        return few(**{**options, "say": lambda _: used.append(list(tmp_path.iterdir()))})
+
+    monkeypatch.setattr(doctor, "self_check", watched)
+    assert main(["doctor", "--sandbox", f"images.cache={tmp_path}"]) == 0
+    assert all(used) and not list(tmp_path.iterdir())
 
 
 @needs("userns")
