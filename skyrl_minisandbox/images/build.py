@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of what builds do; part of every key, so that a change here rebuilds."""
-LIMITS = Limits(memory=8 * GIB, processes=4096, disk=32 * GIB, output=32 * MIB)
+LIMITS = Limits(memory=8 * GIB, processes=4096, disk=32 * GIB, inodes=4_000_000, output=32 * MIB)
 """A compiler needs more than an agent."""
 STEP_TIMEOUT = 3600.0
 """Seconds for one step; scikit-learn compiles for a quarter of that on two cores."""

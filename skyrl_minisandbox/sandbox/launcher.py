@@ -151,11 +151,14 @@ class Launcher:
                 held.append(self._bind(bind))
             if self._cgroups is not None:
                 self._cgroups.limit(spare.cgroup, request["limits"])
+            if not mounted.on_tmpfs:
+                self._watcher.watch(self._count, mounted.upper, request["limits"]["disk"], request["limits"]["inodes"])
             request.update(memory_cgroup=self.facts["memory_cgroup"], pids_cgroup=self.facts["pids_cgroup"])
             del request["layers"]
             spare.hand_over(request, held)
         except BaseException as error:
             self._spares.end(spare)
+            self._watcher.forget(self._count)
             if mounted is not None:
                 mounted.close()
             if isinstance(error, OSError):
@@ -165,8 +168,6 @@ class Launcher:
             for fd in held:
                 os.close(fd)
         self._boxes[self._count] = _Box(spare.pid, spare.pidfd, mounted, request["base"], spare.cgroup)
-        if not mounted.on_tmpfs:
-            self._watcher.watch(self._count, mounted.upper, request["limits"]["disk"], request["limits"]["inodes"])
         answer = {"box": self._count, "pid": spare.pid, "oom": spare.cgroup.oom_counter.removeprefix(HOST) or None}
         return answer, [spare.owner_end.detach()]
 
@@ -267,7 +268,9 @@ class Launcher:
         watcher = -1
         try:
             while True:
-                if watcher != self._watcher.fileno():  # with the first upper on disk; later it stays the same
+                if watcher != self._watcher.fileno():  # with the first upper on disk, and when it was started anew
+                    if watcher >= 0:
+                        poll.unregister(watcher)
                     watcher = self._watcher.fileno()
                     poll.register(watcher, select.POLLIN)
                 # Not at once: what was just made has the processors to itself.

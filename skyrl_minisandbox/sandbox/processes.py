@@ -237,7 +237,9 @@ def moment() -> tuple[int, int]:
 def belonging(root: int, since: tuple[int, int] | None, others: frozenset[int]) -> set[int]:
     """The living processes that a command started, `root` itself left out. See `kill_command`."""
     table = _table()
-    since = since or (table[root].start if root in table else 0, root)
+    if root not in table:
+        return set()
+    since = since or (table[root].start, root)
 
     def is_new(pid: int) -> bool:
         return (table[pid].start, pid) > since

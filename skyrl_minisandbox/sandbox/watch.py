@@ -1,6 +1,6 @@
 """Uppers on disk have no quota, so a process of the launcher's looks at them: what is beyond its limits is told.
 
-It walks by descriptors, so that no name an agent chose leads anywhere, and rests for at least as long as a walk took.
+It walks by descriptors, so that no name an agent chose leads anywhere, and rests three times as long as a walk took.
 What it cannot see: files that were deleted and are still open, and what lies deeper than `_DEEPEST` directories.
 This is the one place that polls: a file system tells nobody that a tree has grown.
 """
@@ -53,7 +53,10 @@ class Watcher:
     def over(self) -> list[int]:
         """What is beyond its limits, each told once. Starts the process anew when it has ended."""
         assert self._sock is not None
-        data = self._sock.recv(_OVER.size)
+        try:
+            data = self._sock.recv(_OVER.size)
+        except ConnectionResetError:
+            data = b""
         if data:
             (number,) = _OVER.unpack(data)
             return [number] if self._watched.pop(number, None) else []
@@ -119,7 +122,8 @@ def _loop(sock: socket.socket) -> None:
             if is_beyond(fd, disk, inodes):
                 os.close(places.pop(number)[0])
                 sock.send(_OVER.pack(number))
-        due = time.monotonic() + max(_PAUSE, time.monotonic() - began)
+        now = time.monotonic()
+        due = now + max(_PAUSE, 3 * (now - began))
 
 
 def is_beyond(top: int, disk: int, inodes: int) -> bool:

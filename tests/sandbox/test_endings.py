@@ -13,6 +13,7 @@ import pytest
 
 from skyrl_minisandbox.errors import SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox import Limits, Sandbox, SandboxSpec
+from skyrl_minisandbox.sandbox.client import LauncherClient
 from skyrl_minisandbox.sandbox.watch import is_beyond
 from tests.support import needs, seconds
 
@@ -51,6 +52,35 @@ def test_an_upper_on_disk_beyond_its_limits_ends_the_sandbox_and_no_other(
         time.sleep(1.5)
         assert other.run("echo on").output == "on\n" and other.ended_by == ""
     assert sandbox.ended_by == "disk_full"
+
+
+def test_who_looks_at_uppers_ends_with_the_launcher_and_is_replaced_when_it_ends(
+    spec: SandboxSpec, tmp_path: Path
+) -> None:
+    launcher = LauncherClient()
+
+    def watchers() -> list[int]:
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "minisandbox-w\n"]
+
+    with Sandbox(spec, launcher) as on_tmpfs:
+        assert on_tmpfs.run("true").exit_code == 0
+        if launcher.facts["tmpfs_upper"]:
+            assert watchers() == []
+    with Sandbox(dataclasses.replace(spec, limits=ON_DISK, upper=tmp_path / "u"), launcher) as sandbox:
+        (first,) = watchers()
+        os.kill(first, signal.SIGKILL)
+        result = sandbox.run("touch $(seq 3000); sleep 60", timeout=seconds(30))
+        assert result.disk_full and sandbox.ended_by == "disk_full"
+        (second,) = watchers()
+        assert second != first
+    os.kill(launcher.pid, signal.SIGKILL)
+    deadline = time.monotonic() + seconds(5)
+    while Path(f"/proc/{second}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{second}").exists()
+    launcher.close()
+    LauncherClient().close()  # sweeps what the killed one left
 
 
 def test_one_file_larger_than_the_disk_limit_cannot_be_made(spec: SandboxSpec, tmp_path: Path) -> None:
