@@ -195,6 +195,7 @@ NEEDS: dict[str, Callable[[], str]] = {
     "newuidmap": _program("newuidmap"),
     "git": _program("git"),
     "gcc": _program("gcc"),
+    "stress-ng": _program("stress-ng"),
 }
 
 

@@ -61,7 +61,9 @@ def launcher() -> Iterator[LauncherClient]:
     client.close()
 
 
-@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize(
+    "how", [how if how in ("normally", "by os._exit") else pytest.param(how, marks=pytest.mark.ci) for how in ENDS]
+)
 def test_an_owner_that_ends_leaves_nothing(how: str, layer: Path) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER + ENDS[how], str(layer)], cwd=ROOT, stdin=subprocess.PIPE,
