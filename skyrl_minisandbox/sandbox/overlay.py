@@ -85,6 +85,7 @@ class Overlays:
         self._lowers: dict[str, tuple[str, tuple[int, int]]] = {}  # path -> short path, device and inode
         self._frozen: dict[int, str] = {}  # number -> short path
         self._mounted = 0
+        self._shifts: dict[int, int] = {}  # device -> what `owner_shift` found
 
     def lower(self, path: str) -> str:
         """The short path of a layer, mounted below /l (id-mapped as root); once per layer."""
@@ -98,7 +99,10 @@ class Overlays:
                 # Removed and made anew meanwhile: what is mounted is the old one. The sandboxes that use it keep it.
                 linux.umount(f"/{known[0]}")
                 del self._lowers[path]
-            fd = self.tree(path, linux.MOUNT_ATTR_RDONLY)
+            # Before Linux 5.19 mounts are id-mapped, but no overlay stands on them: such layers were unpacked shifted.
+            if status.st_dev not in self._shifts:
+                self._shifts[status.st_dev] = self.owner_shift(path)
+            fd = self.tree(path, linux.MOUNT_ATTR_RDONLY, idmapped=self._shifts[status.st_dev] == 0)
             try:
                 target, _ = self._attach(fd)
             finally:
@@ -161,11 +165,11 @@ class Overlays:
             path = "/x"
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def tree(self, path: str, attributes: int) -> int:
-        """A detached, id-mapped copy of the host's mount at `path`."""
+    def tree(self, path: str, attributes: int, *, idmapped: bool = True) -> int:
+        """A detached copy of the host's mount at `path`, id-mapped where that is wanted and can be."""
         fd = linux.open_tree(HOST + path)
         try:
-            if self.idmap_fd >= 0:
+            if idmapped and self.idmap_fd >= 0:
                 try:
                     linux.mount_setattr(fd, attributes | linux.MOUNT_ATTR_IDMAP, self.idmap_fd)
                     return fd

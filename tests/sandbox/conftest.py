@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_minisandbox.sandbox import Bind, Limits, Sandbox, SandboxSpec
+from skyrl_minisandbox.sandbox import Bind, Limits, Sandbox, SandboxSpec, owner_shift
 from tests.support import require
 
 MIB = 1 << 20
@@ -39,7 +39,13 @@ def make_layer(path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_layer(tmp_path_factory.mktemp("layer"))
+    require("userns", "overlay")
+    path = make_layer(tmp_path_factory.mktemp("layer"))
+    shift = owner_shift(path)  # as the image cache unpacks, where no overlay stands on id-mapped mounts (before 5.19)
+    for directory, _, names in os.walk(path):
+        for name in (".", *names) if shift else ():
+            os.chown(f"{directory}/{name}", shift, shift, follow_symlinks=False)
+    return path
 
 
 @pytest.fixture(scope="session")
