@@ -195,12 +195,13 @@ class Launcher:
 
     def fate(self, number: int, key: int) -> None:
         """Why a sandbox ended that nobody ended: "oom", "disk_full", or "" when what ran in it did not bring that
-        about. Answered when its init has been reaped."""
+        about. Asked when init's end of the wire is closed, answered when it has been reaped."""
         box = self._boxes.get(key)
         if box is None:
             self._answer(number, {"why": self._fates.get(key, "")})
         else:
             box.asking.append(number)
+            self._kill(box)  # an init that hung up and lives on is not ours any more
 
     def _end_beyond(self) -> None:
         """Kill those whose upper on disk is beyond its limits."""

@@ -14,6 +14,7 @@ from skyrl_minisandbox.sandbox.wire import Answer, Ask
 MOST_BYTES = 16 << 30
 MOST_MEMBERS = 4_000_000
 """What a tree may have, unless somebody says otherwise."""
+_FRAMING = 1 << 14  # more than a member with its names takes on the wire, and the lengths of its pieces
 
 
 def read_file(box: Box, path: str, limit: int) -> bytes:
@@ -45,8 +46,10 @@ def put_tree(box: Box, source: Path, target: str) -> list[str]:
     first = next(pieces)  # what cannot be read at all is told before anything is sent
     request = box.send(Ask.PUT, {"path": target})
     failed: OSError | None = None
+    sent = told = 0
     try:
         for piece in tree.gathered(itertools.chain([first], pieces), wire.CHUNK):
+            sent += len(piece)
             box.send_piece(request, piece)
     except OSError as error:
         failed = error
@@ -54,7 +57,8 @@ def put_tree(box: Box, source: Path, target: str) -> list[str]:
     left_out: list[str] = []
     while True:
         kind, payload = box.answer(request)
-        if kind == Answer.BYTES and len(left_out) < MOST_MEMBERS:
+        told += len(payload)
+        if kind == Answer.BYTES and told <= sent:  # a name of those that were sent
             left_out.append(os.fsdecode(payload))
         elif failed is not None and kind in (Answer.DONE, Answer.ERROR):
             raise failed
@@ -67,6 +71,7 @@ def put_tree(box: Box, source: Path, target: str) -> list[str]:
 def get_tree(box: Box, path: str, target: Path, max_bytes: int, max_members: int) -> list[str]:
     """See `Sandbox.get_tree`."""
     failed: OSError | None = None
+    left = max_bytes + _FRAMING * (max_members + 1 + max_bytes // tree.PIECE)  # of what is thrown away
     with contextlib.closing(
         tree.Unpacker(os.fspath(target), max_bytes=max_bytes, max_members=max_members)
     ) as unpacker:
@@ -76,6 +81,9 @@ def get_tree(box: Box, path: str, target: Path, max_bytes: int, max_members: int
             if kind not in (Answer.BYTES, Answer.DONE):
                 raise box.os_error(kind, payload, path)
             try:
+                left -= len(payload)
+                if left < 0:
+                    box.broken("it sent more of a tree than was asked for")
                 if failed is None and kind == Answer.BYTES:
                     unpacker.feed(payload)
                 elif failed is None:

@@ -73,9 +73,9 @@ def test_an_end_gives_its_code_and_output_and_a_fresh_shell(
 
 @pytest.mark.parametrize(
     ("command", "exit_code"),
-    [("bash", 0), ("sh", 0), ("bash -i 2>/dev/null", 0), ("python3", 0), ("return 5", 5), ("(exit 9)", 9), ("! true", 1),
-     ("false || (exit 8)", 8), ("sort; wc -c", 0), ("export PS1='$ ' PROMPT_COMMAND='exit 3'", 0), ("fg", 1), ("logout", 1),
-     ("exec 2>&1 >/dev/null", 0), ("exec </dev/null", 0), ("trap '' INT TERM TSTP", 0)],
+    [("bash", 0), ("sh", 0), ("bash -i 2>/dev/null", 0), ("python3", 0), ("return 5", 5), ("(exit 9)", 9),
+     ("! true", 1), ("false || (exit 8)", 8), ("sort; wc -c", 0), ("export PS1='$ ' PROMPT_COMMAND='exit 3'", 0),
+     ("fg", 1), ("logout", 1), ("exec 2>&1 >/dev/null", 0), ("exec </dev/null", 0), ("trap '' INT TERM TSTP", 0)],
 )
 def test_what_does_not_end_the_shell_gives_its_code_and_no_notice(shell: Shell, command: str, exit_code: int) -> None:
     result = shell.run(command, timeout=seconds(20))
@@ -86,9 +86,10 @@ def test_what_does_not_end_the_shell_gives_its_code_and_no_notice(shell: Shell, 
 
 @pytest.mark.parametrize(
     "setting",
-    ["IFS=0123456789", "IFS=", "set -f", "set -C", "set -u; unset PWD", "PWD=elsewhere", "set -a", "set -x 2>/dev/null", "set -o pipefail",
-     "set -o posix", "PATH=", "trap 'echo d >/dev/null' DEBUG", "trap 'true' ERR", "exec 19>&-", "umask 777",
-     "printf() { :; }", "export() { :; }", "shopt -s nullglob failglob extglob dotglob", "LC_ALL=C", "HISTFILE=/tmp/h; set -o history"],
+    ["IFS=0123456789", "IFS=", "set -f", "set -C", "set -u; unset PWD", "PWD=elsewhere", "set -a", "set -x 2>/dev/null",
+     "set -o pipefail", "set -o posix", "PATH=", "trap 'echo d >/dev/null' DEBUG", "trap 'true' ERR", "exec 19>&-",
+     "umask 777", "printf() { :; }", "export() { :; }", "shopt -s nullglob failglob extglob dotglob", "LC_ALL=C",
+     "HISTFILE=/tmp/h; set -o history"],
 )
 def test_no_setting_of_the_shell_bends_a_result(shell: Shell, setting: str) -> None:
     shell.run(setting, timeout=seconds(20))
@@ -185,7 +186,8 @@ def test_a_full_screen_program_ends_at_the_latest_at_its_timeout(execute: Execut
 
 def test_a_command_longer_than_an_argument_may_be(shell: Shell) -> None:
     text = "x" * 200_000
-    result = shell.run(f"text={text}; echo ${{#text}}; cat > big <<'EOF'\n{text}\nEOF\nwc -c < big", timeout=seconds(30))
+    command = f"text={text}; echo ${{#text}}; cat > big <<'EOF'\n{text}\nEOF\nwc -c < big"
+    result = shell.run(command, timeout=seconds(30))
     assert result.output == "200000\n200001\n"
     assert goes_on(shell)
 
@@ -252,7 +254,8 @@ def test_nothing_writes_a_history(sandbox: Sandbox, shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    "start", ["nohup sleep 987 &", "setsid sleep 987 &", "(sleep 987 &)", "(setsid sleep 987 &) &", "sleep 987 & disown"]
+    "start",
+    ["nohup sleep 987 &", "setsid sleep 987 &", "(sleep 987 &)", "(setsid sleep 987 &) &", "sleep 987 & disown"],
 )
 def test_what_is_left_running_does_not_hold_the_result_and_ends_with_the_sandbox(
     sandbox: Sandbox, execute: Execute, start: str
