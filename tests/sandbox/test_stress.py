@@ -1,4 +1,4 @@
-"""stress-ng inside: hundreds of programs that go for the kernel; the machine, and a sandbox beside it, do not notice."""
+"""stress-ng inside: hundreds of programs that go for the kernel. The machine and a sandbox beside it do not notice."""
 
 from __future__ import annotations
 
