@@ -162,7 +162,7 @@ from pathlib import Path
 from skyrl_minisandbox.sandbox import Pool, SandboxSpec
 from skyrl_minisandbox.sandbox.client import shared
 from tests.sandbox.conftest import base_binds
-spec = SandboxSpec((Path(sys.argv[1]),), base_binds())
+spec = SandboxSpec((Path(sys.argv[1]),), base_binds(), scratch=Path(sys.argv[1]).parent / "scratch")
 """
     return subprocess.run(
         [sys.executable, "-c", head + program, str(layer)], capture_output=True, text=True, timeout=seconds(120),

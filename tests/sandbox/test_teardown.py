@@ -26,7 +26,7 @@ import sys, time
 from pathlib import Path
 from tests.sandbox.conftest import base_binds
 from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
-sandbox = Sandbox(SandboxSpec((Path(sys.argv[1]),), base_binds()))
+sandbox = Sandbox(SandboxSpec((Path(sys.argv[1]),), base_binds(), scratch=Path(sys.argv[1]).parent / "scratch"))
 sandbox.run("(setsid sleep 54321 &) ; sleep 54321 & true")
 print(sandbox.pid, sandbox._launcher.pid, flush=True)
 time.sleep(600)
