@@ -2,7 +2,8 @@
 
 Judged is what can be told to be ours: processes by descent (see `adopting`, which keeps orphans below this process),
 their mount tables and namespaces, the descriptors of owner and launchers, cgroups and files by name. What only the
-whole machine can tell (memory, slab objects) is judged with room for what others do at the same time.
+whole machine can tell (memory, slab objects) is printed, and judged where the machine is said to be ours alone
+(`clean` in MINISANDBOX_MUST_RUN).
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from tests.support import Process, descendants, living_processes, must_run, seco
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 _MEMORY = ("AnonPages", "Shmem", "SUnreclaim", "KernelStack", "PageTables", "Percpu")
 _SLABS = ("net_namespace", "user_namespace", "pid_namespace", "mnt_cache", "task_struct")
+# Bytes: what our processes may keep, the rest of the machine may gain, and a life may leave in caches of the kernel.
+_KEPT_BY_US = 16 << 20
+_KEPT_BY_OTHERS = 192 << 20
+_KEPT_OF_A_LIFE = 1024
 _CGROUP = re.compile(r"minisandbox-(\d+)-(\d+)$")
 
 
@@ -39,6 +44,7 @@ class Footprint:
     own_fds: list[str]
     launcher_fds: list[str]
     files: list[str]
+    private: dict[str, int]  # bytes that nobody else has: of this process, and of launchers
     memory: dict[str, int]
     kernel: dict[str, int]
 
@@ -57,6 +63,7 @@ class Footprint:
             own_fds=_fds(os.getpid()),
             launcher_fds=sorted(name for process in launchers for name in _fds(process.pid)),
             files=sorted(_files(directories)),
+            private={"own": _private([os.getpid()]), "launchers": _private([process.pid for process in launchers])},
             memory=_meminfo(),
             kernel=_kernel(),
         )
@@ -79,6 +86,16 @@ class Footprint:
         """Bytes of memory that the whole machine uses more than before; what is reclaimable does not count."""
         return sum(self.memory.values()) - sum(before.memory.values())
 
+    def leaked(self, before: Footprint, lives: int) -> list[str]:
+        """Memory that `lives` sandboxes left behind, beyond what an allocator keeps; a line each."""
+        found = []
+        for name, value in self.private.items():
+            if value - before.private[name] > _KEPT_BY_US + lives * _KEPT_OF_A_LIFE:
+                found.append(f"{name}: {before.private[name]} bytes before, {value} after")
+        if "clean" in must_run() and self.grown(before) > _KEPT_BY_OTHERS + lives * _KEPT_OF_A_LIFE:
+            found.append(f"the machine: {self.grown(before)} bytes more")
+        return found
+
     def table(self, before: Footprint) -> str:
         """Both, side by side."""
         lines = [f"{'':24}{'before':>14}{'after':>14}"]
@@ -86,6 +103,8 @@ class Footprint:
             lines.append(f"{field:24}{len(getattr(before, field)):14}{len(getattr(self, field)):14}")
         for field in ("zombies", "mounts"):
             lines.append(f"{field:24}{getattr(before, field):14}{getattr(self, field):14}")
+        for name, value in self.private.items():
+            lines.append(f"{'private, ' + name + ', kB':24}{before.private[name] // 1024:14}{value // 1024:14}")
         for name, value in self.memory.items():
             lines.append(f"{name + ', kB':24}{before.memory[name] // 1024:14}{value // 1024:14}")
         for name, value in self.kernel.items():
@@ -255,6 +274,16 @@ def _files(directories: Sequence[Path]) -> Iterator[str]:
                 mine = entry.stat(follow_symlinks=False).st_uid == os.getuid()
                 if mine and entry.name.startswith("minisandbox") and "tests" not in entry.name:
                     yield entry.path
+
+
+def _private(pids: list[int]) -> int:
+    found = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # of another user namespace: not ours to read
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Private_"):
+                    found += int(line.split()[1]) * 1024
+    return found
 
 
 def _meminfo() -> dict[str, int]:

@@ -22,11 +22,6 @@ from tests.footprint import Footprint
 from tests.support import descendants, seconds
 
 ROOT = Path(__file__).resolve().parents[2]
-MIB = 1 << 20
-# What the rest of the machine may gain meanwhile, and what a life may leave in caches of the kernel, in bytes.
-_OTHERS = 192 * MIB
-_OF_A_LIFE = 4096
-
 
 @pytest.fixture
 def adopting() -> Iterator[None]:
@@ -44,7 +39,7 @@ def launcher() -> Iterator[LauncherClient]:
 def _compare(before: Footprint, after: Footprint, lives: int) -> None:
     print(after.table(before))
     assert after.more(before) == []
-    assert after.grown(before) < _OTHERS + lives * _OF_A_LIFE
+    assert after.leaked(before, lives) == []
 
 
 @pytest.mark.parametrize(
