@@ -162,6 +162,7 @@ def left_after(known: set[int], limit: float) -> list[Process]:
         reap_orphans(known)
         left = [process for process in descendants(os.getpid()) if process.pid not in known]
         if late or not left:
+            reap_orphans(known)  # what ended between the two
             return left
         time.sleep(0.005)
 
