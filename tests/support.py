@@ -164,6 +164,22 @@ def _module(name: str) -> Callable[[], str]:
     return check
 
 
+def atheris_directory() -> Path:
+    """Where the need `atheris` puts it: 35 MB that one test wants are no part of everybody's environment."""
+    return shared_directory() / "atheris"
+
+
+def _atheris() -> str:
+    """Installed for this session, where the package index has a wheel for this interpreter and machine."""
+    install = ["install", "-q", "--no-deps", "--only-binary=:all:", f"--target={atheris_directory()}", "atheris>=2.3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *install], capture_output=True, text=True, timeout=300, check=False
+    )
+    if done.returncode == 0:
+        return ""
+    return f"no wheel of atheris: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}"
+
+
 def _program(name: str) -> Callable[[], str]:
     def check() -> str:
         return "" if shutil.which(name) else f"program `{name}` is not installed"
@@ -191,6 +207,7 @@ NEEDS: dict[str, Callable[[], str]] = {
     "mypy": _module("mypy"),
     "build": _module("build"),
     "hypothesis": _module("hypothesis"),
+    "atheris": _atheris,
     "mmdebstrap": _program("mmdebstrap"),
     "newuidmap": _program("newuidmap"),
     "git": _program("git"),

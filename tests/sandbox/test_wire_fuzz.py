@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -20,7 +23,7 @@ from skyrl_minisandbox.errors import SandboxGone
 from skyrl_minisandbox.sandbox import CommandResult, Sandbox, SandboxSpec, wire
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
 from tests.sandbox.stand_in import DONE, OF_FILES, REQUESTS, StandIn, examples, payloads, streams, watched
-from tests.support import needs, seconds
+from tests.support import REPOSITORY, atheris_directory, needs, seconds
 
 MIB = 1 << 20
 
@@ -311,3 +314,21 @@ def test_any_bytes_are_frames_or_an_error_and_are_not_kept(chunks: list[bytes]) 
         except wire.ProtocolError:
             return
         assert len(reader._buffer) == taken - given_back <= wire.HEADER.size + wire.MAX_PAYLOAD
+
+
+@pytest.mark.night
+@needs("atheris")
+def test_a_coverage_guided_fuzzer_finds_nothing(tmp_path: Path) -> None:
+    """tests/sandbox/fuzz_wire.py for MINISANDBOX_FUZZ_SECONDS, 60 unless told."""
+    limit = int(os.environ.get("MINISANDBOX_FUZZ_SECONDS") or 60)
+    (tmp_path / "corpus").mkdir()
+    path = os.pathsep.join([str(atheris_directory()), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("fuzz_wire.py"), f"-max_total_time={limit}", "-max_len=4096",
+         "-timeout=20", "-rss_limit_mb=1024", f"-artifact_prefix={tmp_path}/", tmp_path / "corpus"],
+        env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True,
+        errors="replace", timeout=seconds(limit + 120), check=False,
+    )
+    told = done.stdout[-3000:] + done.stderr[-3000:]
+    print(told[-300:])
+    assert done.returncode == 0 and re.search(r"Done [1-9][0-9]{3,} runs", told), told
