@@ -23,7 +23,7 @@ import socket
 import struct
 from typing import Any
 
-from skyrl_minisandbox.sandbox import limits, linux, processes, seccomp, wire
+from skyrl_minisandbox.sandbox import limits, linux, processes, sealed, seccomp, wire
 from skyrl_minisandbox.sandbox.mounts import HOST, NEW_ROOT
 from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError, Mounted, Overlays, map_base
 from skyrl_minisandbox.sandbox.spare import Spares
@@ -100,6 +100,8 @@ class Launcher:
         )
 
     def _enter_userns(self) -> None:
+        if sealed.is_sealed():
+            return
         try:
             linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
             with open("/proc/self/setgroups", "w") as file:
@@ -108,6 +110,7 @@ class Launcher:
             for name, number in zip(("uid_map", "gid_map"), self._ids.own, strict=True):
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(f"{number} {number} 1")
+            sealed.start_anew(CONTROL_FD)
         except OSError as error:
             raise LauncherError(
                 f"no user namespace can be made here: {error.strerror}", error.errno or 0, "userns"

@@ -64,6 +64,7 @@ PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_NO_NEW_PRIVS = 39
 PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 SECCOMP_MODE_FILTER = 2
 
@@ -93,6 +94,7 @@ SYS_close_range = 436
 SYS_openat2 = 437
 SYS_mount_setattr = 442
 SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(os.uname().machine, 41)
+SYS_capget = {"x86_64": 125, "aarch64": 90}.get(os.uname().machine, 90)
 SYS_capset = {"x86_64": 126, "aarch64": 91}.get(os.uname().machine, 91)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -241,6 +243,19 @@ def set_capabilities(keep: tuple[int, ...]) -> None:
     low, high = mask & 0xFFFFFFFF, mask >> 32
     data = struct.pack("IIIIII", low, low, 0, high, high, 0)
     _check(_libc.syscall(ctypes.c_long(SYS_capset), header, data), "capset")
+
+
+def keep_capabilities() -> None:
+    """Have every permitted capability after the next exec too, whatever the user id: inheritable and ambient."""
+    header = struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)
+    _check(_libc.syscall(ctypes.c_long(SYS_capget), header, data), "capget")
+    effective, permitted, _, effective_high, permitted_high, _ = struct.unpack("IIIIII", data.raw)
+    told = struct.pack("IIIIII", effective, permitted, permitted, effective_high, permitted_high, permitted_high)
+    _check(_libc.syscall(ctypes.c_long(SYS_capset), header, told), "capset")
+    for capability in range(CAP_LAST_CAP + 1):
+        if (permitted | permitted_high << 32) >> capability & 1:
+            prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
 
 
 def set_seccomp(program: bytes) -> None:
