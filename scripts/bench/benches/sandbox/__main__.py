@@ -30,6 +30,8 @@ from skyrl_minisandbox.sandbox import linux
 
 _CHECKOUT = Path(__file__).resolve().parents[4]
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+# Seconds after which no other row is begun.
+_TIME, _QUICK_TIME = 480.0, 120.0
 _QUICK_PEERS = ("floor", "nitrobox", "bubblewrap", "sandlock", "crun", "reference without archive")
 
 
@@ -150,12 +152,19 @@ def measure(arguments: argparse.Namespace, peers: Path) -> Report:
         for name in known.keys() - set(arguments.peers):
             report.absent[name] = "not asked for" if arguments.peers_chosen else "left out of a quick run"
         measures = Measures(place, report, ours, running, quick=arguments.quick)
+        begun = time.monotonic()
         for name, row in measures.rows().items():
             if name not in arguments.rows:
                 continue
             started = time.monotonic()
+            if started - begun > (_QUICK_TIME if arguments.quick else _TIME):
+                report.not_run[name] = "no time was left: this machine is busy; ask for it with --rows"
+                continue
             try:
                 row()
+            except KeyboardInterrupt:
+                report.not_run[name] = "interrupted, as all that would have followed"
+                break
             except Absent as why:
                 report.not_run[name] = str(why)
             except Exception as error:

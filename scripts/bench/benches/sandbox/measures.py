@@ -38,8 +38,8 @@ class Measures:
     def rows(self) -> dict[str, Callable[[], None]]:
         return {
             "create": self.create, "create-off": self.create_without_cgroup, "pool": self.pool, "rate": self.rate,
-            "rate-1": self.rate_of_one, "shell": self.shell, "run": self.run, "reset": self.reset, "fork": self.fork,
-            "memory": self.idle, "live": self.live,
+            "shell": self.shell, "run": self.run, "reset": self.reset, "fork": self.fork,
+            "live": self.live, "memory": self.idle, "rate-1": self.rate_of_one,
         }
 
     # What every row needs
@@ -213,7 +213,7 @@ class Measures:
         with self._seats() as seats:
             values, failed = alternate(
                 {name: seat.true for name, seat in seats.items()},
-                rounds=50 if self._quick else 200, budget=1.0 if self._quick else 5.0, pause=0.002,
+                rounds=50 if self._quick else 200, budget=1.0 if self._quick else 3.0, pause=0.002,
             )
         self._add('run(["true"]): a new process in it', "ms", self._milliseconds(values), (Bar(3.0),), failed)
 
@@ -236,7 +236,7 @@ class Measures:
             if not hasattr(getattr(seats.get(self._ours.name), "sandbox", None), "reset"):
                 raise Absent("this version has no reset")
             values, failed = alternate(
-                samples, rounds=10 if self._quick else 40, budget=1.0 if self._quick else 8.0, pause=PAUSE
+                samples, rounds=10 if self._quick else 25, budget=1.0 if self._quick else 4.0, pause=PAUSE
             )
         shown = self._milliseconds(values)
         shown["our create"] = self._create_time(self._ours) * 1e3
@@ -284,7 +284,7 @@ class Measures:
                     one = self._create_time(contender)
                     if contender.name in failed or (turn and contender not in (self._ours, self._floor)):
                         continue
-                    count = max(3, min(wanted, int(budget / one)))
+                    count = max(3 if one < 1 else 1, min(wanted, int(budget / one)))
                     found.setdefault(contender.name, []).append(self._held(contender, count))
                 except Exception as error:
                     failed[contender.name] = f"{type(error).__name__}: {error}"
@@ -303,7 +303,7 @@ class Measures:
 
     def _held(self, contender: Contender, count: int) -> memory.Held:
         """What one of `count` idle ones takes, bytes."""
-        contender.hold(2).release()  # what is made once is there
+        contender.hold(min(count, 2)).release()  # what is made once is there
         time.sleep(self._settle)
         before = memory.measure(contender.state())
         held = contender.hold(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import subprocess
@@ -81,7 +82,8 @@ class PipeSeat(Seat):
                 if stream is not None and (self._end is None or stream is not self._process.stdin):
                     stream.close()
             if self._end is not None:
-                quiet(self._end)
+                with contextlib.suppress(RuntimeError):  # it may end by itself just now; below it is waited for
+                    quiet(self._end)
                 if self._process.stdin is not None:
                     self._process.stdin.close()
             try:
