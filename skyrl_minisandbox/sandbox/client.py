@@ -72,6 +72,13 @@ def explain(message: str, number: int, lacks: str) -> SandboxError | SandboxGone
     return SandboxError(message, hint="run `minisandbox doctor`")
 
 
+def _disown(future: concurrent.futures.Future[tuple[dict[str, Any], list[int]]]) -> None:
+    """An answer that came too late is nobody's: its descriptors are closed, and a sandbox ends."""
+    if future.exception() is None:
+        for fd in future.result()[1]:
+            os.close(fd)
+
+
 def _launcher_env() -> dict[str, str]:
     """Nothing, but for an interpreter that cannot start without: `module load python` sets where its library lies."""
     path = os.environ.get("LD_LIBRARY_PATH")
@@ -190,10 +197,11 @@ class LauncherClient:
             raise SandboxError(f"the launcher does not take requests: {error.strerror}{self._last_words()}") from error
         try:
             answer, received = future.result(timeout)
-        except concurrent.futures.TimeoutError:
-            with self._lock:  # an answer that still comes is nobody's: its descriptors are closed, and a sandbox ends
-                self._pending.pop(number, None)
-            raise SandboxError(f"the launcher did not answer `{verb}` within {timeout:.0f} s") from None
+        except BaseException as error:  # Ctrl-C too
+            future.add_done_callback(_disown)
+            if isinstance(error, concurrent.futures.TimeoutError):
+                raise SandboxError(f"the launcher did not answer `{verb}` within {timeout:.0f} s") from None
+            raise
         if "error" in answer:
             raise explain(answer["error"], answer["errno"], answer["lacks"])
         return answer, received

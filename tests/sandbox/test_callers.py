@@ -164,7 +164,7 @@ def test_a_sandbox_and_its_shell_outlive_the_thread_that_made_them(spec: Sandbox
 
 
 INTERRUPTED = """
-import os, signal, sys, threading, time
+import gc, os, signal, sys, threading, time
 from pathlib import Path
 from tests.sandbox.conftest import base_binds
 from skyrl_minisandbox.errors import SandboxGone
@@ -179,6 +179,7 @@ calls = {
 }
 other = Sandbox(spec)
 sandbox = Sandbox(spec)
+held = len(os.listdir("/proc/self/fd"))
 for _ in range(int(sys.argv[3])):
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
@@ -194,6 +195,11 @@ for _ in range(int(sys.argv[3])):
     assert other.run("echo on", timeout=30).output == "on\\n"
     sandbox.close()
     sandbox = Sandbox(spec)
+deadline = time.monotonic() + 30
+while len(os.listdir("/proc/self/fd")) > held and time.monotonic() < deadline:
+    gc.collect()
+    time.sleep(0.05)
+assert len(os.listdir("/proc/self/fd")) <= held, os.listdir("/proc/self/fd")
 """
 
 
