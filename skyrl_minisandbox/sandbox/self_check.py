@@ -1,7 +1,7 @@
 """Does a sandbox keep its promises on this machine? Tried, and judged: what `minisandbox doctor --sandbox` prints.
 
-Three kinds of trial: attempts from inside (`attempts.py` and its neighbours), by root-inside and by a user-inside, of
-which the worse verdict is shown; limits and endings, seen from the owner's side (`trials.py`, `trials_endings.py`); and
+Three kinds of trial, in `check/`: attempts from inside (`attempts.py`, `reach.py`, `refused.py`), by root-inside and by
+a user-inside, of which the worse verdict is shown; limits and endings, seen from the owner's side (`trials.py`, `endings.py`); and
 the traps of `traps.py`, which show that an attempt could have succeeded at all.
 """
 
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_minisandbox.errors import MachineError, MiniSandboxError, SandboxError
-from skyrl_minisandbox.sandbox import attempts, attempts_reach, attempts_refused, client, traps, trials
-from skyrl_minisandbox.sandbox import trials_endings as trials_endings  # it registers its own
-from skyrl_minisandbox.sandbox.attempts import BAD, NOT_RUN, OK, WEAK
+from skyrl_minisandbox.sandbox import client
+from skyrl_minisandbox.sandbox.check import attempts, reach, refused, traps, trials
+from skyrl_minisandbox.sandbox.check import endings as endings  # it registers its own
+from skyrl_minisandbox.sandbox.check.attempts import BAD, NOT_RUN, OK, WEAK
 from skyrl_minisandbox.sandbox.features import machine_spec
 from skyrl_minisandbox.sandbox.sandbox import Sandbox
 from skyrl_minisandbox.sandbox.spec import MIB, Limits, SandboxSpec
@@ -151,9 +152,9 @@ def _attempted(bench: trials.Bench, harmless: dict[str, str], say: Callable[[str
 
 def _attempt_as(bench: trials.Bench, sandbox: Sandbox, user: str | None) -> dict[str, tuple[str, str]]:
     """Run the attempts in a shell of a sandbox: name -> (verdict, detail), one for each."""
-    for module in (attempts, attempts_reach, attempts_refused):
+    for module in (attempts, reach, refused):
         path = Path(str(module.__file__))
-        sandbox.write_file(f"{_INSIDE}/skyrl_minisandbox/sandbox/{path.name}", path.read_bytes())
+        sandbox.write_file(f"{_INSIDE}/skyrl_minisandbox/sandbox/check/{path.name}", path.read_bytes())
     sandbox.write_file(f"{_INSIDE}/known.json", json.dumps(bench.known).encode())
     command = shlex.join([bench.python, "-I", "-S", "-B", "-c", traps.BOOT, _INSIDE, f"{_INSIDE}/known.json"])
     try:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_minisandbox.sandbox import Bind, SandboxSpec, attempts, client, features, self_check, traps, trials
+from skyrl_minisandbox.sandbox import Bind, SandboxSpec, client, features, self_check
+from skyrl_minisandbox.sandbox.check import attempts, traps, trials
 from skyrl_minisandbox.sandbox.self_check import Finding
 from tests.support import OrdinaryUser, needs, seconds
 

@@ -11,7 +11,7 @@ import resource
 import signal
 from typing import Any
 
-from skyrl_minisandbox.sandbox.attempts import REFUSED, Lacking, Outcome, attempt, call, libc, read, status
+from skyrl_minisandbox.sandbox.check.attempts import REFUSED, Lacking, Outcome, attempt, call, libc, read, status
 
 # What nobody inside may call, by family: name -> (number on x86-64, on arm64, arguments that harm nothing). Numbers of
 # arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from skyrl_minisandbox.sandbox import attempts
+from skyrl_minisandbox.sandbox.check import attempts
 
-PACKAGE = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[3]
 # The inside has the same three files below another directory, and runs this too.
-BOOT = "import sys;sys.path.insert(0,sys.argv.pop(1));from skyrl_minisandbox.sandbox.attempts import main;main()"
+BOOT = "import sys;sys.path.insert(0,sys.argv.pop(1));from skyrl_minisandbox.sandbox.check.attempts import main;main()"
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts")
 _IPC_CREAT, _IPC_RMID = 0o1000, 0  # linux/ipc.h
 _VARIABLE = "MINISANDBOX_SELF_CHECK_TOKEN"
@@ -59,7 +59,7 @@ def planted() -> Iterator[dict[str, Any]]:
 
 def sprung(known: dict[str, Any]) -> dict[str, str]:
     """Try the traps on the bare machine: those that do not catch, and why. An attempt at one cannot be judged."""
-    from skyrl_minisandbox.sandbox import attempts_reach, attempts_refused  # noqa: F401  they register themselves
+    from skyrl_minisandbox.sandbox.check import reach, refused  # noqa: F401  they register themselves
 
     names = [name for name, one in attempts.ATTEMPTS.items() if one.trap]
     path = Path(known["secret"]).with_name("known.json")

@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from skyrl_minisandbox.sandbox.attempts import WEAK, Lacking, Outcome
-from skyrl_minisandbox.sandbox.traps import PACKAGE
-from skyrl_minisandbox.sandbox.trials import Bench, trial
+from skyrl_minisandbox.sandbox.check.attempts import WEAK, Lacking, Outcome
+from skyrl_minisandbox.sandbox.check.traps import PACKAGE
+from skyrl_minisandbox.sandbox.check.trials import Bench, trial
 
 _OWNER = """
 import pickle, sys

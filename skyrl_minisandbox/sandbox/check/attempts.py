@@ -118,7 +118,7 @@ def status() -> dict[str, str]:
 
 def main() -> None:
     """Try everything, or what `known["only"]` names. `known` is the file that argv names."""
-    from skyrl_minisandbox.sandbox import attempts_reach, attempts_refused  # noqa: F401  they register themselves
+    from skyrl_minisandbox.sandbox.check import reach, refused  # noqa: F401  they register themselves
 
     with open(sys.argv[1]) as file:
         known = json.load(file)

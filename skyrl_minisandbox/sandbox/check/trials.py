@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from skyrl_minisandbox.sandbox import client
-from skyrl_minisandbox.sandbox.attempts import WEAK, Lacking, Outcome
+from skyrl_minisandbox.sandbox.check.attempts import WEAK, Lacking, Outcome
 from skyrl_minisandbox.sandbox.sandbox import Sandbox
 from skyrl_minisandbox.sandbox.spec import SandboxSpec
 

@@ -9,7 +9,7 @@ import stat
 import struct
 from typing import Any
 
-from skyrl_minisandbox.sandbox.attempts import WEAK, Lacking, Outcome, attempt, libc, opens, read
+from skyrl_minisandbox.sandbox.check.attempts import WEAK, Lacking, Outcome, attempt, libc, opens, read
 
 SECRETS = (
     "kcore", "kallsyms", "keys", "kmsg", "timer_list", "interrupts", "slabinfo", "vmallocinfo", "sched_debug",
