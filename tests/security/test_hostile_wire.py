@@ -22,6 +22,8 @@ from skyrl_minisandbox.sandbox.client import LauncherClient
 from skyrl_minisandbox.sandbox.wire import Answer
 from tests.security.conftest import Yard, alive, within
 
+pytestmark = pytest.mark.ci  # the fast tier has the fuzzing of frames in tests/sandbox
+
 MIB = 1 << 20
 DONE = wire.DONE.pack(0, 0, 0.0)
 
