@@ -1,8 +1,8 @@
 """Does a sandbox keep its promises on this machine? Tried, and judged: what `minisandbox doctor --sandbox` prints.
 
 Three kinds of trial, in `check/`: attempts from inside (`attempts.py`, `reach.py`, `refused.py`), by root-inside and by
-a user-inside, of which the worse verdict is shown; limits and endings, seen from the owner's side (`trials.py`, `endings.py`); and
-the traps of `traps.py`, which show that an attempt could have succeeded at all.
+a user-inside, of which the worse verdict is shown; limits and endings, seen from the owner's side (`trials.py`,
+`endings.py`); and traps (`traps.py`), which show that an attempt could have succeeded at all.
 """
 
 from __future__ import annotations
