@@ -40,7 +40,7 @@ _HINTS = {
     "`procMount: Unmasked` or run it privileged",
     "proc": "in a pod set `procMount: Unmasked` or run it privileged; `sandbox.allow_degraded=[proc]` runs with an "
     "empty /proc inside: programs that look there fail, and only a process group, not its tree, is killed at a timeout",
-    "overlay": "Linux 5.11 or newer with overlayfs, and a directory whose file system can hold an overlay upper "
+    "overlay": "Linux 5.12 or newer with overlayfs, and a directory whose file system can hold an overlay upper "
     "(ext4, xfs, btrfs, tmpfs; not NFS, FUSE or another overlay): set `images.cache=DIR`",
 }
 

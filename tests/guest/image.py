@@ -36,7 +36,7 @@ KERNELS = {
 }
 # Known, and why it is not run.
 REFUSED = {
-    "5.10": "bullseye's kernel is below the oldest that sandboxes support (5.11: overlayfs for plain users)",
+    "5.10": "bullseye's kernel is below the oldest that sandboxes support (5.12: mount_setattr)",
 }
 
 _PACKAGES = (
