@@ -163,6 +163,8 @@ class Unpacker:
         if self._left_members < -1:
             raise BadStream("more members than were asked for")
         if self._started:
+            if not self._directories:  # it would lie beside the target
+                raise BadStream("more than the file that was announced")
             if any(part in (b"", b".", b"..") for part in path.split(b"/")) or b"\0" in path + target:
                 raise BadStream("a name that leads elsewhere")
             self._member(kind, os.fsdecode(path), os.fsdecode(target), mode & 0o777, mtime)

@@ -84,7 +84,7 @@ def get(box: Box) -> None:
             shutil.rmtree(TARGET, ignore_errors=True)
         elif os.path.lexists(TARGET):
             TARGET.unlink()
-    assert os.listdir(WORK) == ["source"], "a tree left its place"
+        assert os.listdir(WORK) == ["source"], "a tree left its place"
 
 
 # The request, and whether it may raise OSError.

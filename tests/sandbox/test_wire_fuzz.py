@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from skyrl_minisandbox.errors import SandboxGone
 from skyrl_minisandbox.sandbox import CommandResult, Sandbox, SandboxSpec, wire
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
-from tests.sandbox.stand_in import DONE, OF_FILES, REQUESTS, StandIn, examples, payloads, streams, watched
+from tests.sandbox.stand_in import DONE, MEMBER, OF_FILES, REQUESTS, StandIn, examples, payloads, streams, watched
 from tests.support import REPOSITORY, atheris_directory, needs, seconds
 
 MIB = 1 << 20
@@ -186,6 +186,28 @@ def test_bytes_without_end_end_the_sandbox_and_memory_stays_flat(
         assert not alive(evil.init)
     assert answers(witness)
     assert held() == before
+
+
+def _member(kind: int, path: bytes, target: bytes = b"") -> bytes:
+    content = b"\0\0\0\1x\0\0\0\0" if kind == 1 else b""
+    return MEMBER.pack(kind, 0o755, 0, len(path), len(target)) + path + target + content
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        _member(1, b"") + _member(1, b"beside"),
+        _member(2, b"") + _member(2, b"a") + _member(1, b"a/../../beside"),
+        _member(2, b"") + _member(3, b"a", b"..") + _member(1, b"a/beside"),
+    ],
+    ids=["beside a file", "by a parent", "through a link"],
+)
+def test_a_tree_from_inside_stays_in_its_place(spec: SandboxSpec, tmp_path: Path, stream: bytes) -> None:
+    with StandIn(spec) as evil:
+        evil.send(wire.frame(Answer.BYTES, 1, stream) + wire.frame(Answer.DONE, 1, DONE))
+        ended = watched(evil.sandbox, lambda: evil.sandbox.get_tree("/testbed", tmp_path / "target"))
+        assert isinstance(ended.error, SandboxGone | OSError), ended
+    assert os.listdir(tmp_path) == ["target"]
 
 
 @pytest.mark.parametrize("name", ["run", "shell", "read", "write", "freeze", "put tree", "get tree", "snapshot"])
