@@ -167,6 +167,18 @@ def left_after(known: set[int], limit: float) -> list[Process]:
         time.sleep(0.005)
 
 
+def doing(processes: Sequence[Process]) -> str:
+    """What these processes are at now, for a message."""
+    lines = []
+    for process in processes:
+        texts = []
+        for name in ("comm", "stat", "wchan", "syscall"):
+            with contextlib.suppress(OSError):
+                texts.append(Path(f"/proc/{process.pid}/{name}").read_text().strip()[:120])
+        lines.append(f"{process}: {'; '.join(texts)}")
+    return f"below {os.getpid()}: " + "\n".join(lines)
+
+
 def reap_orphans(known: set[int]) -> None:
     """Reap ended children of this process that are not `known` (their owners wait for those)."""
     for name in os.listdir("/proc"):

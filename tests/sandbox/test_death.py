@@ -149,7 +149,7 @@ def test_launchers_killed_at_random_moments_end_what_they_made(spec: SandboxSpec
             time.sleep(0.01 + turn * 0.0013)
             os.kill(client.pid, signal.SIGKILL)
             left = footprint.left_after(known | {client.pid}, 1)
-            assert left == [], f"turn {turn}: still there: {list(map(str, left))}"
+            assert left == [], f"turn {turn}: still there: {footprint.doing(left)}"
             for thread in threads:
                 thread.join(seconds(10))
                 assert not thread.is_alive()

@@ -97,7 +97,7 @@ def test_owners_killed_at_random_moments_leave_nothing(
         owner.wait()
         owner.stdout.close()
         left = footprint.left_after(known, 1)
-        assert left == [], f"death {death} at {moment:.3f} s, {held} processes: still there: {list(map(str, left))}"
+        assert left == [], f"death {death} at {moment:.3f} s, {held} processes: still there: {footprint.doing(left)}"
         slowest, most = max(slowest, time.monotonic() - killed), max(most, held)
     print(f"{deaths} deaths, with up to {most} processes below an owner; the slowest end took {slowest:.3f} s")
     assert most > 2  # a launcher and sandboxes: the owners did work
