@@ -187,6 +187,37 @@ def _program(name: str) -> Callable[[], str]:
     return check
 
 
+@functools.cache
+def seccomp_profile() -> Path:
+    """The default profile of container engines: installed, or unpacked from its Debian package for this session.
+
+    Raises `OSError` or `subprocess.SubprocessError` with the reason where it cannot be had.
+    """
+    installed = Path("/usr/share/containers/seccomp.json")
+    if installed.is_file():
+        return installed
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        raise OSError(f"no {installed}, and no apt to get it with")
+    place = shared_directory() / "seccomp-profile"
+    place.mkdir(exist_ok=True)
+    package = "golang-github-containers-common"
+    got = subprocess.run(
+        ["apt-get", "download", package], cwd=place, capture_output=True, text=True, timeout=seconds(120), check=False
+    )
+    packages = list(place.glob("*.deb"))
+    if got.returncode or not packages:
+        lines = got.stderr.strip().splitlines() or ["nothing came"]
+        raise OSError(f"apt-get download {package}: {lines[-1]}")
+    subprocess.run(["dpkg", "-x", packages[0], place / "unpacked"], check=True, timeout=seconds(60))
+    (found,) = (place / "unpacked").rglob("seccomp.json")
+    return found
+
+
+def _seccomp_json() -> str:
+    seccomp_profile()
+    return ""
+
+
 NEEDS: dict[str, Callable[[], str]] = {
     "root": _root,
     "ordinary": _ordinary,
@@ -211,6 +242,7 @@ NEEDS: dict[str, Callable[[], str]] = {
     "mmdebstrap": _program("mmdebstrap"),
     "newuidmap": _program("newuidmap"),
     "git": _program("git"),
+    "seccomp_json": _seccomp_json,
     "gcc": _program("gcc"),
     "stress-ng": _program("stress-ng"),
 }

@@ -9,10 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import platform
-import shutil
-import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +18,9 @@ from skyrl_minisandbox.sandbox.seccomp import RET_ALLOW, build_filter
 from skyrl_minisandbox.sandbox.syscalls import ALLOWED
 from tests.sandbox.test_seccomp import judge
 from tests.security.conftest import Yard
-from tests.support import seconds
+from tests.support import needs, seccomp_profile, seconds
 
 MACHINES = {"x86_64": 0, "aarch64": 1}
-PROFILE_PACKAGE = "golang-github-containers-common"
 HIGHEST = 1024
 
 # Newer than the profile (Debian 12, 2022), harmless by their own kind, and allowed by later releases of it: sizes of
@@ -57,25 +53,6 @@ PAST_EVERY_FILTER = {335, 336} if platform.machine() == "x86_64" else set()
 JUDGED = {"clone", "clone3", "ioctl", "personality", "prlimit64", "ptrace", "socket"}
 
 
-def default_profile(directory: Path) -> dict[str, Any]:
-    """seccomp.json: installed, or unpacked from the Debian package; skips where neither can be had."""
-    installed = Path("/usr/share/containers/seccomp.json")
-    if not installed.is_file():
-        if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-            pytest.skip("needs seccomp_json: no /usr/share/containers/seccomp.json, and no apt to get it with")
-        got = subprocess.run(
-            ["apt-get", "download", PROFILE_PACKAGE], cwd=directory, capture_output=True, text=True,
-            timeout=seconds(120), check=False,
-        )
-        packages = list(directory.glob("*.deb"))
-        if got.returncode or not packages:
-            pytest.skip(f"needs seccomp_json: apt-get download {PROFILE_PACKAGE}: {got.stderr.strip()[-200:]}")
-        subprocess.run(["dpkg", "-x", packages[0], directory / "unpacked"], check=True, timeout=seconds(60))
-        (installed,) = (directory / "unpacked").rglob("seccomp.json")
-    found: dict[str, Any] = json.loads(installed.read_text())
-    return found
-
-
 def allowed_by(profile: Mapping[str, Any], machine: str) -> set[str]:
     """Names that the profile allows, with whatever arguments, to a container without a capability."""
     architecture = {"x86_64": "amd64", "aarch64": "arm64"}[machine]
@@ -89,9 +66,10 @@ def allowed_by(profile: Mapping[str, Any], machine: str) -> set[str]:
     return found
 
 
+@needs("seccomp_json")
 @pytest.mark.parametrize("machine", MACHINES)
-def test_what_container_engines_refuse_is_refused(machine: str, tmp_path: Path) -> None:
-    engines = allowed_by(default_profile(tmp_path), machine)
+def test_what_container_engines_refuse_is_refused(machine: str) -> None:
+    engines = allowed_by(json.loads(seccomp_profile().read_text()), machine)
     program = build_filter(machine, single_id=False)
     ours = set()
     for name, numbers in ALLOWED.items():
