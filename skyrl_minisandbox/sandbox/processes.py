@@ -73,15 +73,15 @@ class Capture:
             self._trim(stream)
 
     def _trim(self, stream: int) -> None:
-        while self._tail_size[stream] > 2 * self._half:
-            # Only whole chunks from the left, of either stream, so that the order stays.
-            old_stream, old = self._tail.popleft()
-            keep = self._half if len(old) > self._half and old_stream == stream else 0
-            cut = len(old) - keep
-            if keep:
-                self._tail.appendleft((old_stream, old[-keep:]))
-            self._tail_size[old_stream] -= cut
-            self.dropped[old_stream] += cut
+        """From the left, of either stream, so that the order stays."""
+        while (beyond := self._tail_size[stream] - self._half) > 0:
+            of, old = self._tail[0]
+            cut = min(beyond, len(old)) if of == stream else len(old)
+            del old[:cut]
+            if not old:
+                self._tail.popleft()
+            self._tail_size[of] -= cut
+            self.dropped[of] += cut
 
     def chunks(self) -> list[tuple[int, bytes]]:
         """(stream, bytes) in order, a marker where something was cut."""

@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec, Shell
+from skyrl_minisandbox.sandbox.processes import Capture
 from tests.sandbox.stand_in import examples
 from tests.support import needs, seconds
 
@@ -271,3 +272,28 @@ def test_what_a_shell_exports_is_there_after_its_end(shell: Shell, count: int) -
         assert result.stdout == os.fsencode(value)
 
     holds()
+
+
+@examples(200)
+@given(
+    limit=st.integers(2, 400),
+    parts=st.lists(st.tuples(st.sampled_from([1, 1, 2]), st.binary(min_size=1, max_size=150)), max_size=30),
+)
+def test_of_output_beyond_the_limit_head_and_tail_are_kept_and_the_rest_is_counted(
+    limit: int, parts: list[tuple[int, bytes]]
+) -> None:
+    capture = Capture(limit)
+    for stream, data in parts:
+        capture.add(stream, data)
+    for stream in (1, 2):
+        whole = b"".join(data for of, data in parts if of == stream)
+        marker = f"\n[... {capture.dropped[stream]} bytes of output were cut here ...]\n".encode()
+        kept = b"".join(data for of, data in capture.chunks() if of == stream)
+        if not capture.dropped[stream]:
+            assert kept == whole and len(whole) <= limit
+            continue
+        head, found, tail = kept.partition(marker)
+        assert found and whole.startswith(head) and whole.endswith(tail) and len(head) == limit // 2
+        assert len(tail) <= limit // 2 and len(head) + len(tail) + capture.dropped[stream] == len(whole)
+        if not any(of != stream for of, _ in parts):
+            assert len(tail) == limit // 2
