@@ -34,6 +34,8 @@ def test_every_place_that_can_be_written_has_an_end(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("where", ["/dev/shm", "/testbed"])
 def test_more_files_than_there_may_be_are_a_full_disk(open_sandbox: Callable[..., Sandbox], where: str) -> None:
     sandbox = open_sandbox(limits=Limits(memory=512 * MIB, disk=64 * MIB, inodes=5000))
+    if where == "/testbed" and not sandbox._launcher.facts["tmpfs_upper"]:
+        pytest.skip("this upper is on disk, where the sandbox ends by it: test_endings.py")
     result = sandbox.run(f"mkdir {where}/many; cd {where}/many; touch $(seq 6000)")
     assert result.disk_full and result.exit_code != 0 and not result.oom_killed
     assert not sandbox.run(f"rm -rf {where}/many; echo hi > x").disk_full
