@@ -61,6 +61,8 @@ PR_SET_NAME = 15
 PR_GET_SECCOMP = 21
 PR_SET_SECCOMP = 22
 PR_CAPBSET_DROP = 24
+PR_SET_SECUREBITS = 28
+SECBIT_NO_SETUID_FIXUP = 4
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_NO_NEW_PRIVS = 39
 PR_CAP_AMBIENT = 47
@@ -157,6 +159,27 @@ def mount_setattr(fd: int, attr_set: int, userns_fd: int = 0) -> None:
         ctypes.c_long(SYS_mount_setattr), fd, b"", ctypes.c_uint(AT_EMPTY_PATH), attr, ctypes.c_size_t(len(attr))
     )
     _check(int(result), "mount_setattr")
+
+
+def clone3_as(uid: int, flags: int, cgroup: int = -1) -> tuple[int, int]:
+    """clone3 for root, with `uid` as the owner of the new user namespace.
+
+    The kernel charges what has a limit per user (128 inotify instances, queued signals, locked memory) to the owner of
+    each namespace on the way up: as root's, one sandbox would use up what the machine's own programs and the other
+    sandboxes need.
+    """
+    prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP)  # capabilities stay; a new user namespace starts without it
+    os.setresuid(-1, uid, 0)
+    pid = -1
+    try:
+        prctl(PR_SET_DUMPABLE, 1)  # lost with the id; init opens files of its own below /proc
+        pid, pidfd = clone3(flags, cgroup)
+    finally:
+        if pid != 0:
+            os.setresuid(-1, 0, 0)
+            prctl(PR_SET_SECUREBITS, 0)
+            prctl(PR_SET_DUMPABLE, 1)
+    return pid, pidfd
 
 
 def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:

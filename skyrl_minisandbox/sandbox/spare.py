@@ -17,7 +17,7 @@ from typing import Any
 from skyrl_minisandbox.sandbox import limits, linux
 from skyrl_minisandbox.sandbox.init import run_init
 from skyrl_minisandbox.sandbox.mounts import HOST
-from skyrl_minisandbox.sandbox.overlay import Ids, LauncherError
+from skyrl_minisandbox.sandbox.overlay import RANGE_SIZE, Ids, LauncherError
 
 # Two: a fork needs one for the child and one for its parent.
 READY_MADE = 2
@@ -116,7 +116,11 @@ class Spares:
         pidfd = -1
         try:
             try:
-                pid, pidfd = linux.clone3(flags, cgroup.into)
+                if self._ids.base is None:
+                    pid, pidfd = linux.clone3(flags, cgroup.into)
+                else:  # each its own, so that none uses up another's
+                    owner = self._ids.base + 1 + self._count % (RANGE_SIZE - 1)
+                    pid, pidfd = linux.clone3_as(owner, flags, cgroup.into)
             except OSError as error:
                 raise LauncherError(str(error), error.errno or 0, "userns") from error
             if pid == 0:

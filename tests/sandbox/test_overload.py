@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import dataclasses
 import os
 import secrets
@@ -18,7 +19,7 @@ import pytest
 from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec, Shell
 from skyrl_minisandbox.sandbox.client import LauncherClient
 from tests import footprint
-from tests.support import living_processes, seconds
+from tests.support import living_processes, needs, seconds
 
 # What a shell does between two answers: nothing, arithmetic, a pipeline, a job in the background whose output comes
 # in this result or in none, output in both streams, files.
@@ -108,6 +109,34 @@ def test_every_shell_of_many_answers_whatever_numbers_init_has_for_its_descripto
         for number in range(24):
             result = sandbox.shell().run(f"echo {number}", timeout=seconds(20))
             assert (result.output, result.exit_code) == (f"{number}\n", 0)
+
+
+INOTIFY = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+held = 0
+while held < 1000 and libc.inotify_init() >= 0:
+    held += 1
+print(held, flush=True)
+sys.stdin.readline()
+"""
+
+
+@needs("root")
+def test_what_the_kernel_counts_per_user_is_each_sandboxs_own(spec: SandboxSpec, launcher: LauncherClient) -> None:
+    """128 inotify instances by default: used up by one, neither the machine nor another sandbox lacks them."""
+    python = "/usr/bin/python3"
+    if not os.path.exists(python):
+        pytest.skip("no system Python to run inside")
+    with Sandbox(spec, launcher) as one, Sandbox(spec, launcher) as two:
+        shell = one.shell()
+        shell.run(f"mkfifo in; {python} -c '{INOTIFY}' < in > out & exec 3>in; until [ -s out ]; do :; done")
+        held = int(shell.run("cat out").output)
+        assert held > 0
+        fd = ctypes.CDLL(None).inotify_init()
+        assert fd >= 0
+        os.close(fd)
+        assert two.run([python, "-c", INOTIFY], timeout=seconds(20)).output == f"{held}\n"
 
 
 def _make(count: int, parallel: int, spec: SandboxSpec, launcher: LauncherClient) -> list[Sandbox]:
