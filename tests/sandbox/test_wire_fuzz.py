@@ -36,7 +36,7 @@ def witness(spec: SandboxSpec) -> Iterator[Sandbox]:
 
 
 def answers(witness: Sandbox) -> bool:
-    return watched(witness, lambda: witness.run("echo on", timeout=seconds(30)).output).value == "on\n"
+    return bool(watched(witness, lambda: witness.run("echo on", timeout=seconds(30)).output).value == "on\n")
 
 
 def alive(pid: int) -> bool:
