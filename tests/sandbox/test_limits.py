@@ -44,9 +44,10 @@ def test_more_files_than_there_may_be_are_a_full_disk(open_sandbox: Callable[...
 def test_a_full_dev_shm_or_private_tmp_is_told(open_sandbox: Callable[..., Sandbox]) -> None:
     sandbox = open_sandbox(private_tmp=True)
     for directory in ("/dev/shm", "/tmp", "/run"):
-        result = sandbox.run(f"head -c 600000000 /dev/zero > {directory}/fill")
-        assert result.disk_full and not result.oom_killed, directory
-        assert not sandbox.run(f"rm {directory}/fill").disk_full
+        fill = f"for i in $(seq 20); do head -c 30000000 /dev/zero > {directory}/fill$i || exit 1; done"
+        result = sandbox.run(fill)
+        assert result.disk_full and not result.oom_killed and result.exit_code == 1, directory
+        assert not sandbox.run(f"rm {directory}/fill*").disk_full
 
 
 @needs("root", "cgroup")
