@@ -378,3 +378,12 @@ def test_a_user_is_who_runs_or_the_result_says_why_not(sandbox: Sandbox) -> None
         result = sandbox.run("id", user=unknown)
         assert result.exit_code == 126 and result.output
     assert sandbox.run("id -u", user="root").output == sandbox.run("id -u", user="0").output == "0\n"
+
+
+@pytest.mark.parametrize("setting", ["PWD=elsewhere", "unset PWD", "PWD=", "PWD=/no/such"])
+def test_a_directory_that_the_agent_made_up_is_nothing_to_end_a_sandbox_for(
+    sandbox: Sandbox, shell: Shell, setting: str
+) -> None:
+    shell.run(setting, timeout=seconds(20))
+    sandbox.snapshot()
+    assert shell.run("echo $KEPT; kept", timeout=seconds(20)).output == "yes\nfunction\n"
