@@ -77,16 +77,20 @@ def test_an_unknown_row_is_refused_with_the_names_of_those_that_are() -> None:
 
 
 @pytest.mark.ci
-@needs("root", "userns", "overlay")
-def test_every_row_of_a_quick_run_has_a_value_of_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "count"), [("create,create-off,pool,rate", 5), ("shell,run,reset,fork", 5), ("live,memory,rate-1", 7)]
+)
+@needs("root", "userns", "overlay", "cgroup")
+def test_every_row_of_a_quick_run_has_a_value_of_ours(tmp_path: Path, rows: str, count: int) -> None:
     file = tmp_path / "rows.json"
-    done = bench("--quick", "--peers", "floor,reference without archive", "--json", file, timeout=600)
+    peers = "floor,reference without archive"
+    done = bench("--quick", "--rows", rows, "--peers", peers, "--json", file, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(file.read_text())
     check_shape(data)
     # What the kernel took is no number on a machine that does other things; all else must have run.
     reasons = {name: why for name, why in data["not_run"].items() if "drowned" not in why}
     assert not reasons, reasons
-    assert len(data["rows"]) >= 14
+    assert len(data["rows"]) == count
     missing = [row["measure"] for row in data["rows"] if row["ours"] is None and "kernel" not in row["measure"]]
     assert not missing, missing

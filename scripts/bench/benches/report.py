@@ -99,7 +99,7 @@ class Report:
     def __post_init__(self) -> None:
         self.facts = {
             "kernel": platform.release(), "machine": platform.machine(), "cpus": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(), "load_before": os.getloadavg()[0],
+            "python": platform.python_version(), "load_before": round(os.getloadavg()[0], 2),
             "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **self.facts,
         }
 

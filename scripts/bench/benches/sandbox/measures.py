@@ -291,6 +291,7 @@ class Measures:
         private = {name: statistics.median(held.private for held in helds) / 1e6 for name, helds in found.items()}
         kernel = {name: statistics.median(held.kernel for held in helds) / 1e6 for name, helds in found.items()}
         disk = {name: statistics.median(one.shmem + one.disk for one in helds) / 1e3 for name, helds in found.items()}
+        disk = {name: max(value, 0.0) for name, value in disk.items()}
         for name, value in list(kernel.items()):
             if value <= 0:
                 failed[name] = "other work on this machine drowned what the kernel took for it"

@@ -3,6 +3,7 @@ time there, in the same process that uses the package, as it is taken for ours).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,8 +20,11 @@ _DRIVER = Path(__file__).with_name("driver.py")
 _PYTHONS = ("python3.12", "python3.13", "python3.14", "python3.11")
 
 
-def _environment(ground: Ground, package: str) -> Path:
-    return ground.peers / package
+def installed(peers: Path, package: str) -> bool:
+    python = peers / package / "bin/python"
+    with contextlib.suppress(OSError):
+        return subprocess.run([python, "-c", f"import {package}"], capture_output=True, timeout=60).returncode == 0
+    return False
 
 
 def install(peers: Path, package: str) -> str:
@@ -78,7 +82,7 @@ class _Library(Contender):
     def start(self, ground: Ground) -> None:
         if os.geteuid() != 0:
             raise Absent("measured as root only")
-        python = _environment(ground, self.package) / "bin/python"
+        python = ground.peers / self.package / "bin/python"
         if not python.exists():
             raise Absent("not installed (`--install-peers`)")
         self._place = ground.work / self.package
