@@ -35,6 +35,9 @@ def test_every_attempt_fails_for_an_ordinary_users_sandbox_too(user: OrdinaryUse
          "--ignore=tests/security/test_as_a_user.py"],
         cwd=target, timeout=seconds(600),
     )
+    # Thousands of files: `userdel -r` has a minute for the rest.
+    for path in (prefix, target, user.home / "tmp"):
+        shutil.rmtree(path, ignore_errors=True)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,9 +68,12 @@ def _put_while_swapped(yard: Yard, place: Path, count: int) -> None:
     sandbox = yard.open()
     sandbox.run("mkdir -p /testbed/to/directory")
     targets = (str(victim), "/proc/1/root", f"/proc/1/root{victim}", f"../../..{victim}", "/proc/self/cwd", "/etc")
-    done = 0
+    done = number = 0
+    # A machine that is busy may leave the link in place for long: so many, and until some arrived.
+    deadline = time.monotonic() + seconds(60)
     with swapping(sandbox, "/testbed/to/directory", *targets):
-        for number in range(count):
+        while number < count or (done < 10 and time.monotonic() < deadline):
+            number += 1
             with contextlib.suppress(OSError):
                 if number % 4:
                     sandbox.write_file("/testbed/to/directory/file", b"from the owner")
@@ -79,7 +83,7 @@ def _put_while_swapped(yard: Yard, place: Path, count: int) -> None:
             assert number % 100 or _listing(victim) == before
     assert _listing(victim) == before
     assert not [name for name in ("file", "other") if os.path.lexists(f"/{name}")]
-    assert done > count // 10
+    assert done >= 10
     assert sandbox.run("echo on").output == "on\n"
 
 
