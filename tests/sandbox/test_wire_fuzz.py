@@ -82,7 +82,7 @@ def test_hostile_bytes_end_only_their_sandbox(spec: SandboxSpec, witness: Sandbo
 @pytest.mark.ci
 @pytest.mark.parametrize("name", REQUESTS)
 def test_hostile_bytes_end_only_their_sandbox_more_often(spec: SandboxSpec, witness: Sandbox, name: str) -> None:
-    @examples(150)
+    @examples(80)
     @given(stream=streams())
     def fuzz(stream: bytes) -> None:
         judge(spec, witness, name, stream)
@@ -294,7 +294,7 @@ def test_garbage_towards_init_neither_holds_it_nor_outlives_it(
 
 
 @pytest.mark.ci
-@examples(600)
+@examples(300)
 @given(stream=asks())
 def test_garbage_towards_init_neither_holds_it_nor_outlives_it_more_often(
     spec: SandboxSpec, witness: Sandbox, stream: bytes
