@@ -25,6 +25,7 @@ from skyrl_minisandbox.sandbox import Bind, Limits, Sandbox, SandboxSpec
 from skyrl_minisandbox.sandbox.client import LauncherClient
 from tests.security import traps
 from tests.security.inside.common import ERR, VARIABLE, WEAK
+from tests.security.inside.probes import order
 from tests.support import seconds
 
 MIB = 1 << 20
@@ -104,11 +105,9 @@ def run_rows(spec: SandboxSpec, launcher: LauncherClient, facts: dict[str, Any],
     """All rows in one Python process, child of a shell; then what the host judges."""
     known = {**facts, "outliver": facts["outliver"] + ("1" if user else "0")}
     found: Verdicts = {}
-    groups: list[list[str]] = [[]]
+    groups: list[list[str]] = [order()]
     if not launcher.facts["tmpfs_upper"]:
         # On a disk upper the watcher ends the sandbox that l03 fills: that row has one of its own.
-        from tests.security.inside.probes import order
-
         groups = [[name for name in order() if name != "l03"], ["l03"]]
     for rows in groups:
         found.update(_run_group(spec, launcher, {**known, "rows": rows}, user))
@@ -123,7 +122,8 @@ def run_rows(spec: SandboxSpec, launcher: LauncherClient, facts: dict[str, Any],
         found["r02"] = ("BAD", "there afterwards")
     if os.path.lexists(facts["tmp_file"]):
         found["f04"] = ("BAD", "there on the host")
-    return found
+    names = order()
+    return dict(sorted(found.items(), key=lambda item: names.index(item[0]) if item[0] in names else len(names)))
 
 
 def _run_group(spec: SandboxSpec, launcher: LauncherClient, facts: dict[str, Any], user: str | None) -> Verdicts:
