@@ -101,8 +101,25 @@ def ground(arguments: argparse.Namespace, peers: Path) -> Iterator[Ground]:
             archive = root.environment_archive(work / "environment.tar.gz")
         yield Ground(work, place, name, archive, peers)
     finally:
+        _end_cgroups()
         _unmount_below(work)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _end_cgroups() -> None:
+    """Cgroups of peers that failed, with what still runs in them; each peer gives its own this process's number."""
+    name = f"minisandbox-bench-{os.getpid()}-*"
+    for path in (*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}")):
+        for directory, _, _ in os.walk(path, topdown=False):
+            with contextlib.suppress(OSError):
+                for pid in Path(directory, "cgroup.procs").read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
+            for _ in range(50):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+                if not os.path.exists(directory):
+                    break
+                time.sleep(0.02)
 
 
 def _unmount_below(directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import shutil
@@ -57,12 +56,6 @@ class _Engine(Contender):
         with Stopwatch() as watch:
             seat = PipeSeat(argv, inside=[*self._base, "exec", name])
         return seat, watch.seconds
-
-    def _remove_cgroups(self) -> None:
-        for path in (*Path("/sys/fs/cgroup").glob(self._cgroup), *Path("/sys/fs/cgroup").glob(f"*/{self._cgroup}")):
-            for directory, _, _ in os.walk(path, topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(directory)
 
     def version(self) -> str:
         said = subprocess.run([self._base[0], "--version"], capture_output=True, text=True, timeout=30).stdout
@@ -120,7 +113,6 @@ class Podman(_Engine):
         for argv in (["rm", "--all", "--force", "--time", "0"], ["rmi", "--all", "--force"]):
             subprocess.run([*self._base, *argv], capture_output=True, timeout=120, check=False)
         subprocess.run(["umount", self._place / "overlay"], capture_output=True, timeout=30, check=False)
-        self._remove_cgroups()
         shutil.rmtree(self._run, ignore_errors=True)
 
 
@@ -196,5 +188,4 @@ class Docker(_Engine):
             except (RuntimeError, subprocess.TimeoutExpired):
                 pass
         self._end_daemon()
-        self._remove_cgroups()
         shutil.rmtree(self._run, ignore_errors=True)
