@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import stat
 
 from skyrl_minisandbox.sandbox import processes
 from skyrl_minisandbox.sandbox.mounts import PRIVATE
 
 _CONTROL = 19  # the descriptor that bash tells the end on; closed while a command runs
+_BELOW_RTMAX = 5  # a signal that nobody uses makes bash leave a command that took too long
 _ATTEMPTS = 5  # rounds of killing a command's processes before the shell itself is killed
 
 
@@ -116,6 +118,7 @@ class Bash:
         restore = f"(exit {self.exit_code}); " if self.exit_code else ""
         state = self._path("state")
         line = (
+            f"builtin trap 'builtin return 124' RTMAX-{_BELOW_RTMAX}; "
             f"{restore}. {file} </dev/null >{output} 2>&1 {_CONTROL}>&-; __minisandbox_code=$?; "
             f"{{ builtin export -p; builtin declare -f; }} 2>/dev/null >|{state}; "
             f"builtin printf '%s %d %s\\0' {self._nonce.decode()} \"$__minisandbox_code\" \"${{PWD-}}\" >&{_CONTROL}; "
@@ -160,8 +163,13 @@ class Bash:
         return None
 
     def interrupt(self, attempt: int, others: frozenset[int]) -> None:
-        """Kill what the running command started; at last the shell itself."""
+        """Kill what the running command started, and have bash leave its text, which else goes on with what comes next
+        (a function's caller goes on until the next attempt); at last the shell itself."""
         itself = self.replaced or attempt >= _ATTEMPTS
+        if not itself:
+            # Its trap runs when what is waited for has ended. Where the command took the trap away, this ends bash.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGRTMAX - _BELOW_RTMAX)
         processes.kill_command(self.pid, self._begun, others, itself=itself, attempt=attempt)
 
     def end(self) -> None:

@@ -118,9 +118,9 @@ class Box:
 
     def interrupt(self) -> None:
         try:
-            self._raw_send(wire.frame(Ask.INTERRUPT, 0))
-        except SandboxGone:
-            pass
+            self._launcher.ask("interrupt", box=self.number)
+        except SandboxError:
+            pass  # the launcher has ended, and every process with it
 
     def _raw_send(self, data: bytes, deadline: float | None = _USUAL) -> None:
         if self._closed.is_set():
@@ -307,8 +307,7 @@ class Box:
                 return {}  # the launcher is gone, and every sandbox with it
 
     def cut(self) -> None:
-        """Let init see its owner's end close, and whoever waits for an answer. Also what is to be done when the launcher
-        has ended."""
+        """Let init see its owner's end close, and whoever waits for an answer too; for when the launcher has ended."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:

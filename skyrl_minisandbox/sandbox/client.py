@@ -132,7 +132,9 @@ class LauncherClient:
         """Hand answers to those who wait, until the launcher's end closes."""
         while True:
             try:
-                data, ancillary, flags, _ = self._sock.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, flags, _ = self._sock.recvmsg(
+                    1 << 20, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC
+                )
             except OSError:
                 data, ancillary, flags = b"", [], 0
             fds = array.array("i")

@@ -12,6 +12,7 @@ Owner and launcher trust each other: messages between them are JSON, with descri
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import gc
 import json
@@ -142,6 +143,12 @@ class Launcher:
 
     def create(self, number: int, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Make a sandbox; the answer and the owner's end of its socket."""
+        try:
+            return self._create(dict(request))
+        except BrokenPipeError:  # a waiting init was killed, by the machine's out-of-memory killer say: once more
+            return self._create(request)
+
+    def _create(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         self._count += 1
         held: list[int] = []  # closed at the end
         mounted: Mounted | None = None
@@ -164,7 +171,7 @@ class Launcher:
             self._watcher.forget(self._count)
             if mounted is not None:
                 mounted.close()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise LauncherError(str(error), error.errno or 0) from error
             raise
         finally:
@@ -195,6 +202,12 @@ class Launcher:
         box.waiting.append(number)
         box.keep |= bool(request.get("keep"))
         self._kill(box)
+
+    def interrupt(self, key: int) -> None:
+        """Have init kill every process inside, whatever else it is doing."""
+        if key in self._boxes:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._boxes[key].pidfd, signal.SIGUSR1)
 
     def fate(self, number: int, key: int) -> None:
         """Why a sandbox ended that nobody ended: "oom", "disk_full", or "" when what ran in it did not bring that
@@ -293,7 +306,7 @@ class Launcher:
             self.close()
 
     def _owner_pidfd(self) -> int:
-        """Tells the owner's end even while a child that it forked holds its end of the socket; -1 where none can be had.
+        """Tells the owner's end even while a child that it forked holds its end of the socket; -1 where there is none.
 
         Who made the socket is our parent; while it is, its id is nobody else's.
         """
@@ -327,6 +340,9 @@ class Launcher:
                 self._answer(number, {"shift": self._overlays.owner_shift(message["path"])})
             elif verb in ("export", "changes"):
                 self.compare(number, message, fds[0])
+            elif verb == "interrupt":
+                self.interrupt(message["box"])
+                self._answer(number, {})
             elif verb == "fate":
                 self.fate(number, message["box"])
             elif verb == "release":
@@ -405,6 +421,10 @@ class Launcher:
 
 def main() -> None:
     """Run as the exec'd launcher: the control socket is descriptor 3."""
+    for number in range(1, signal.NSIG):  # whoever started the owner may have had some ignored (nohup)
+        if number not in (signal.SIGKILL, signal.SIGSTOP, 32, 33):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the owner's business
     os.umask(0o022)
     # A pipe for every background process of a sandbox is init's; commands get their own, lower limit.

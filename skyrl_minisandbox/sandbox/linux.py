@@ -60,6 +60,7 @@ PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
 PR_GET_SECCOMP = 21
 PR_SET_SECCOMP = 22
+PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_SECUREBITS = 28
 SECBIT_NO_SETUID_FIXUP = 4
@@ -102,6 +103,9 @@ SYS_capset = {"x86_64": 126, "aarch64": 91}.get(os.uname().machine, 91)
 _libc = ctypes.CDLL(None, use_errno=True)
 # PyDLL keeps the GIL: the child of clone3 must go on as the only thread, in a consistent interpreter.
 _pylibc = ctypes.PyDLL(None, use_errno=True)
+# Told once, as each init calls them dozens of times.
+_libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
 def _check(result: int, call: str, path: str | None = None) -> int:
@@ -117,9 +121,7 @@ def _bytes(value: str | None) -> bytes | None:
 
 def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
     """mount(2). `data` is at most one page (4 KiB)."""
-    result = _libc.mount(
-        _bytes(source), _bytes(target), _bytes(fstype), ctypes.c_ulong(flags), _bytes(data)
-    )
+    result = _libc.mount(_bytes(source), _bytes(target), _bytes(fstype), flags, _bytes(data))
     _check(result, f"mount {fstype or 'bind'}", target)
 
 
@@ -227,10 +229,7 @@ def open_below(directory: int, path: str, flags: int) -> int:
 
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> None:
-    result = _libc.prctl(
-        option, ctypes.c_ulong(arg2), ctypes.c_ulong(arg3), ctypes.c_ulong(arg4), ctypes.c_ulong(arg5)
-    )
-    _check(result, f"prctl({option})")
+    _check(_libc.prctl(option, arg2, arg3, arg4, arg5), f"prctl({option})")
 
 
 def no_new_privs() -> bool:
@@ -279,6 +278,21 @@ def keep_capabilities() -> None:
     for capability in range(CAP_LAST_CAP + 1):
         if (permitted | permitted_high << 32) >> capability & 1:
             prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
+
+
+def capabilities() -> dict[str, int]:
+    """The sets that are in force, as bit masks: effective, permitted, inheritable, bounding."""
+    header = struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)
+    _check(_libc.syscall(ctypes.c_long(SYS_capget), header, data), "capget")
+    words = struct.unpack("IIIIII", data.raw)
+    names = ("effective", "permitted", "inheritable")
+    found = {name: words[index] | words[index + 3] << 32 for index, name in enumerate(names)}
+    found["bounding"] = sum(
+        1 << capability for capability in range(CAP_LAST_CAP + 1)
+        if _libc.prctl(PR_CAPBSET_READ, capability, 0, 0, 0) == 1  # -1: beyond this kernel's last one
+    )
+    return found
 
 
 def set_seccomp(program: bytes) -> None:

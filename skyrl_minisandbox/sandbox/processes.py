@@ -267,6 +267,12 @@ def belonging(root: int, since: tuple[int, int] | None, others: frozenset[int]) 
     return {pid for pid, process in table.items() if pid != root and process.alive and is_ours(pid)}
 
 
+def kill_others() -> None:
+    """Kill every process inside but ourselves."""
+    with contextlib.suppress(ProcessLookupError):  # nobody but us
+        os.kill(-1, signal.SIGKILL)
+
+
 def kill_all(pids: Iterable[int], sign: int = signal.SIGKILL) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

@@ -56,6 +56,8 @@ class Server:
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        # From the launcher, when the owner interrupts: it is heard while a command is slow in taking its input too.
+        signal.signal(signal.SIGUSR1, lambda *_: processes.kill_others())
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._poll.register(self._wake_read, select.EPOLLIN)
         self._events = select.EPOLLIN
@@ -85,7 +87,7 @@ class Server:
 
     def _receive(self) -> bool:
         try:
-            data = self._sock.recv(1 << 18)
+            data = self._sock.recv(1 << 16)
         except BlockingIOError:
             return True
         except OSError:
@@ -125,11 +127,6 @@ class Server:
             self._halt(request)
         elif kind == Ask.FREEZE:
             self._freeze(request)
-        elif kind == Ask.INTERRUPT:
-            try:
-                os.kill(-1, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # nobody but us
 
     def _run(self, request: int, ask: dict[str, Any]) -> None:
         ours: list[int] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import json
 import os
+import select
 import signal
 import socket
 from typing import Any
@@ -37,6 +38,12 @@ class Spare:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         self._line.sendmsg([json.dumps(request).encode()], rights)
         self._line.close()
+
+    @property
+    def alive(self) -> bool:
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
 
     def end(self) -> None:
         """It is not wanted: kill it, and give back what it held."""
@@ -70,10 +77,12 @@ class Spares:
 
     def take(self, network: str) -> Spare:
         """A ready one, or one made now. Raises `LauncherError` and `OSError`."""
-        for spare in self._ready:
+        for spare in list(self._ready):
             if spare.network == network:
                 self._ready.remove(spare)
-                return spare
+                if spare.alive:
+                    return spare
+                self.end(spare)
         return self._make(network)
 
     def reaped(self, pid: int) -> None:

@@ -25,10 +25,9 @@ class Ask(enum.IntEnum):
     READ = 4  # JSON: path, limit
     WRITE = 5  # JSON: path, mode; DATA frames follow
     FREEZE = 6  # kill every process but init
-    INTERRUPT = 7  # the same at any time and without an answer: a command under way has its own
-    HALT = 8  # kill every process but init, and tell what the shells hold: SHELL and ENDED frames, DONE
-    GET = 9  # JSON: path, max_bytes, max_members; answered by a stream of tree.py in BYTES frames
-    PUT = 10  # JSON: path; such a stream follows as DATA; answered by BYTES frames, a name that was left out each
+    HALT = 7  # kill every process but init, and tell what the shells hold: SHELL and ENDED frames, DONE
+    GET = 8  # JSON: path, max_bytes, max_members; answered by a stream of tree.py in BYTES frames
+    PUT = 9  # JSON: path; such a stream follows as DATA; answered by BYTES frames, a name that was left out each
 
 
 class Answer(enum.IntEnum):

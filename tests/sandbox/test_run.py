@@ -137,6 +137,14 @@ def test_interrupt_ends_the_command_and_keeps_the_sandbox(sandbox: Sandbox) -> N
     assert sandbox.run("echo on").output == "on\n"
 
 
+def test_interrupt_is_heard_while_a_command_does_not_take_its_input(sandbox: Sandbox) -> None:
+    timer = threading.Timer(0.3, sandbox.interrupt)
+    timer.start()
+    assert sandbox.run(["sleep", "60"], input=bytes(32 << 20), timeout=seconds(30)).exit_code == 137
+    timer.join()
+    assert sandbox.run("echo on").output == "on\n"
+
+
 def test_what_cannot_go_together_is_refused_with_both_names(spec: SandboxSpec) -> None:
     import dataclasses
 

@@ -81,9 +81,16 @@ def test_a_timeout_kills_the_command_and_spares_the_shell_and_its_jobs(shell: Sh
     assert shell.run(f"pwd; kill -0 {job} && echo job lives").output == "/tmp\njob lives\n"
 
 
-def test_a_loop_without_processes_costs_the_shell_but_not_its_state(shell: Shell) -> None:
-    shell.run("cd /tmp; export KEPT=yes")
+def test_a_loop_without_processes_costs_the_shell_nothing(shell: Shell) -> None:
+    shell.run("cd /tmp; KEPT=yes")
     result = shell.run("while :; do :; done", timeout=seconds(0.3))
+    assert result.timed_out and not result.notice
+    assert shell.run("pwd; echo $KEPT").output == "/tmp\nyes\n"
+
+
+def test_a_loop_that_listens_to_nothing_costs_the_shell_but_not_its_state(shell: Shell) -> None:
+    shell.run("cd /tmp; export KEPT=yes")
+    result = shell.run("trap '' $(seq 1 64); while :; do :; done", timeout=seconds(0.3))
     assert result.timed_out and result.notice
     assert shell.run("pwd; echo $KEPT").output == "/tmp\nyes\n"
 

@@ -75,3 +75,18 @@ def test_what_runs_inside_is_a_child_of_init_when_its_parent_has_gone(sandbox: S
     assert sandbox.run(["python3", "-c", orphan]).output == "1\n"
     ended = sandbox.run("(setsid sh -c 'echo $$ > /tmp/pid' &); sleep 0.5; kill -0 $(cat /tmp/pid)")
     assert ended.exit_code != 0  # reaped, though nothing here waits for strangers
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["sleep 100; touch late", "for i in 1 2 3; do sleep 100; touch late; done", "while :; do :; done; touch late",
+     "sleep 100 | cat; touch late", "if sleep 100; then :; else touch late; fi", "v=$(sleep 100); touch late",
+     "eval 'sleep 100; touch late'", "(sleep 100; touch late)", "sleep 100 || touch late"],
+)
+def test_a_shell_does_not_go_on_with_a_command_that_took_too_long(sandbox: Sandbox, command: str) -> None:
+    shell = sandbox.shell()
+    shell.run("rm -f late; here=1; sleep 300 &")
+    result = shell.run(command, timeout=0.3)
+    assert result.timed_out and result.exit_code == 124
+    assert shell.run("sleep 0.2; ls late; echo $here; jobs -r | wc -l").output.split()[-2:] == ["1", "1"]
+    assert not sandbox.run(["test", "-e", "late"]).exit_code == 0
