@@ -164,12 +164,22 @@ def _enter() -> None:
     os.chdir("/")
 
 
+def _cover() -> None:
+    """Put the new root over the one that init waited in, and enter it, as an initial RAM disk is left. What is below has
+    nothing in it, and takes CAP_SYS_CHROOT to reach. A second pivot_root would be followed by a second unmount, and that
+    waits for every processor (a grace period of RCU) while somebody waits for the sandbox."""
+    os.chdir(NEW_ROOT)
+    linux.mount(".", "/", None, linux.MS_MOVE)
+    os.chroot(".")
+    os.chdir("/")
+
+
 def steps_ahead(single_id: bool) -> Iterator[Step]:
     """What is the same in every sandbox, from the launcher's file system to a root to wait in; /proc may be refused."""
     yield Step("a root to wait in", _waiting_room)
     yield Step("proc at /proc", _proc)
     yield Step("tmpfs, devices and devpts at /dev", lambda: _dev(single_id))
-    yield Step("pivot_root to wait", _enter)
+    yield Step("pivot_root", _enter)
 
 
 def root_steps(
@@ -185,7 +195,7 @@ def root_steps(
     else:
         yield Step("directory at /tmp", lambda: _tmp_directory())
     yield Step("binds", lambda: _binds(request, bind_fds))
-    yield Step("pivot_root", _enter)
+    yield Step("root", _cover)
 
 
 def _tmp_directory() -> None:
