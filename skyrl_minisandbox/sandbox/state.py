@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -80,15 +83,44 @@ class ShellState:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a tree of ours whatever its modes are: overlay's work directory has mode 000."""
-    import shutil
+    """Remove a tree of ours whatever its modes are (overlay's work directory has 000) and however deep it is.
 
-    for directory, _, _ in os.walk(path):
+    Every directory is moved to the top before it is emptied: what ran inside may have made one in the other until
+    neither a path nor a recursion reaches the last. What cannot be removed stays.
+    """
+    mark = os.urandom(8).hex()
+    fresh = (f"{mark}-{number}" for number in itertools.count())
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(OSError):
+        os.chmod(path, 0o700)
+        top = os.open(path, flags)
         try:
-            os.chmod(directory, 0o700)
-            for entry in os.scandir(directory):
-                if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)
-        except OSError:
-            pass
-    shutil.rmtree(path, ignore_errors=True)
+            waiting = _emptied(top, top, fresh)
+            while waiting:
+                name = waiting.pop()
+                with contextlib.suppress(OSError):
+                    fd = os.open(name, flags, dir_fd=top)
+                    try:
+                        waiting += _emptied(fd, top, fresh)
+                    finally:
+                        os.close(fd)
+                    os.rmdir(name, dir_fd=top)
+        finally:
+            os.close(top)
+        os.rmdir(path)
+
+
+def _emptied(directory: int, top: int, fresh: Iterator[str]) -> list[str]:
+    """Unlink the files of a directory and move its directories to `top`: their names there."""
+    moved = []
+    with os.scandir(directory) as entries:
+        found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in found:
+        with contextlib.suppress(OSError):
+            if is_directory:
+                os.chmod(name, 0o700, dir_fd=directory)
+                os.rename(name, new := next(fresh), src_dir_fd=directory, dst_dir_fd=top)
+                moved.append(new)
+            else:
+                os.unlink(name, dir_fd=directory)
+    return moved

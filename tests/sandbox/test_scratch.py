@@ -65,3 +65,11 @@ def test_what_another_boot_left_is_swept_and_what_another_container_uses_is_not(
         (tmp_path / ("upper-" + "-".join(fields)) / "upper").mkdir(parents=True)
     assert scratch.sweep(tmp_path) == 2
     assert sorted(os.listdir(tmp_path)) == sorted("upper-" + "-".join(fields) for fields in alive)
+
+
+def test_an_upper_deeper_than_any_path_goes_with_its_sandbox(spec: SandboxSpec, tmp_path: Path) -> None:
+    with Sandbox(dataclasses.replace(spec, scratch=tmp_path, on_disk=True)) as sandbox:
+        deep = "import os\nfor _ in range(3000):\n os.mkdir('d'); os.chdir('d')\nopen('f', 'w'); os.chmod('.', 0)"
+        assert sandbox.run(["python3", "-c", deep]).exit_code == 0
+        assert len(os.listdir(tmp_path)) == 1
+    assert os.listdir(tmp_path) == []
