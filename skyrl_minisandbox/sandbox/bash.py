@@ -15,6 +15,7 @@ import stat
 
 from skyrl_minisandbox.sandbox import processes
 from skyrl_minisandbox.sandbox.mounts import PRIVATE
+from skyrl_minisandbox.sandbox.spawn import NotStarted, Spawner
 
 _CONTROL = 19  # the descriptor that bash tells the end on; closed while a command runs
 _BELOW_RTMAX = 5  # a signal that nobody uses makes bash leave a command that took too long
@@ -25,15 +26,13 @@ class Bash:
     """One shell. init feeds it descriptors' events; it holds at most one running command."""
 
     def __init__(
-        self, key: str, env: dict[str, str], cwd: str, user: str | None, rlimits: dict[int, int],
-        score: processes.OomScore,
+        self, key: str, env: dict[str, str], cwd: str, user: str | None, spawner: Spawner
     ) -> None:
         self.key = key
         self.env = env
         self.cwd = cwd
         self.user = user
-        self.rlimits = rlimits
-        self.score = score
+        self.spawner = spawner
         self.pid = 0
         self.control = -1
         self._input = -1
@@ -47,7 +46,7 @@ class Bash:
         self.replaced = False  # nobody holds the control pipe: what runs under the pid is not bash any more
 
     def start(self) -> None:
-        """Start bash; after the first time, with the exports, functions and directory of before."""
+        """Start bash; after the first time, with the exports, functions and directory of before. Raises as spawning."""
         if not self.started and not self.restored:
             # Written by the shell, whoever it runs as; another process that writes to it harms only this shell.
             os.close(self._new_file("state", 0o666))
@@ -62,12 +61,11 @@ class Bash:
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             held.append(null)
             cwd = self.cwd if os.path.isdir(self.cwd) else "/"
-            self.pid = processes.spawn(
+            self.pid = self.spawner.spawn(
                 ["bash", "--noprofile", "--norc"], env=self.env, cwd=cwd, user=self.user,
-                fds={0: command_read, 1: null, 2: null, _CONTROL: control_write}, rlimits=self.rlimits,
-                score=self.score,
+                fds={0: command_read, 1: null, 2: null, _CONTROL: control_write},
             )
-        except OSError:
+        except (OSError, NotStarted):
             for fd in held:
                 os.close(fd)
             self.control = self._input = -1
@@ -108,9 +106,10 @@ class Bash:
         self._nonce = os.urandom(16).hex().encode()
         self._told = b""
         file, output = self._path("command"), self._path(f"output{self._count}")
-        with open(self._new_file("command", 0o644), "w", encoding="utf-8", errors="surrogateescape") as handle:
-            handle.write(command)
-            handle.write("\n")
+        with open(self._new_file("command", 0o644), "wb", buffering=0) as handle:
+            view = memoryview(f"{command}\n".encode("utf-8", "surrogateescape"))
+            while view:
+                view = view[handle.write(view) :]
         os.mkfifo(output)
         os.chmod(output, 0o622)
         read = os.open(output, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

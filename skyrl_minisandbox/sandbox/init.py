@@ -16,8 +16,8 @@ import socket
 from typing import Any
 
 from skyrl_minisandbox.sandbox import limits, linux, mounts, seccomp, wire
-from skyrl_minisandbox.sandbox.processes import OomScore
 from skyrl_minisandbox.sandbox.serve import Server
+from skyrl_minisandbox.sandbox.spawn import OomScore
 from skyrl_minisandbox.sandbox.wire import Answer
 
 # What package managers and test suites need, no more: no SYS_ADMIN, NET_ADMIN, NET_RAW, MKNOD, SYS_PTRACE, SYS_CHROOT.

@@ -165,9 +165,9 @@ def _enter() -> None:
 
 
 def _cover() -> None:
-    """Put the new root over the one that init waited in, and enter it, as an initial RAM disk is left. What is below has
-    nothing in it, and takes CAP_SYS_CHROOT to reach. A second pivot_root would be followed by a second unmount, and that
-    waits for every processor (a grace period of RCU) while somebody waits for the sandbox."""
+    """Put the new root over the one that init waited in, and enter it, as an initial RAM disk is left. What is below
+    has nothing in it, and takes CAP_SYS_CHROOT to reach. A second pivot_root would be followed by a second unmount, and
+    that waits for every processor (a grace period of RCU) while somebody waits for the sandbox."""
     os.chdir(NEW_ROOT)
     linux.mount(".", "/", None, linux.MS_MOVE)
     os.chroot(".")

@@ -4,50 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import os
-import pwd
-import resource
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from skyrl_minisandbox.sandbox import linux
-
-NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what a shell exits with
-
-_OOM_SCORE = 500
-_HIGHEST_FD = (1 << 32) - 1
 _ROUNDS = 100  # of looking for processes that are not stopped yet, in one attempt
 _LAST_ATTEMPT = 5
-
-
-class OomScore:
-    """Commands die for memory before init does: they inherit a score that is raised while they are forked.
-
-    A command cannot write its own score before it execs without becoming dumpable, and then everybody inside could
-    open its /proc/N/exe, which is the machine's interpreter, until it execs. path: init's own score, opened while init
-    is dumpable itself.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._fd = -1
-        with contextlib.suppress(OSError):
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            self._own = int(os.pread(self._fd, 16, 0))
-
-    @contextlib.contextmanager
-    def raised(self) -> Iterator[None]:
-        """Never lowered: in a pod the machine's own may be above ours already, and going below it needs privilege."""
-        if self._fd < 0 or self._own >= _OOM_SCORE:
-            yield
-            return
-        os.pwrite(self._fd, str(_OOM_SCORE).encode(), 0)
-        try:
-            yield
-        finally:
-            os.pwrite(self._fd, str(self._own).encode(), 0)
 
 
 class Capture:
@@ -98,73 +62,6 @@ def _append(chunks: Any, stream: int, data: bytes) -> None:
         chunks[-1][1].extend(data)
     else:
         chunks.append((stream, bytearray(data)))
-
-
-def spawn(
-    argv: list[str], *, env: dict[str, str], cwd: str, user: str | None, fds: dict[int, int],
-    rlimits: dict[int, int], score: OomScore,
-) -> int:
-    """Fork and exec in a session of its own; returns the pid.
-
-    fds: target descriptor -> descriptor of ours. What fails after the fork is told the way a shell tells it: a line on
-    standard error and exit code 126 or 127.
-    """
-    with score.raised():
-        pid = os.fork()
-        if pid == 0:
-            _exec(argv, env, cwd, user, fds, rlimits)
-        return pid
-
-
-def _exec(
-    argv: list[str], env: dict[str, str], cwd: str, user: str | None, fds: dict[int, int], rlimits: dict[int, int]
-) -> NoReturn:
-    try:
-        os.setsid()
-        for target, fd in fds.items():
-            if fd == target:
-                os.set_inheritable(fd, True)  # dup2 onto itself changes nothing: exec would close it
-            else:
-                os.dup2(fd, target, inheritable=True)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        linux.close_range(max(max(fds), 2) + 1, _HIGHEST_FD)
-        for limit, value in rlimits.items():
-            resource.setrlimit(limit, (value, value))
-        if user is not None:
-            env = {**env, "HOME": _become(user)}
-        try:
-            os.chdir(cwd)
-        except OSError as error:
-            _complain(f"cannot start in {cwd}: {error.strerror}", NOT_EXECUTABLE)
-        os.execvpe(argv[0], argv, env)
-    except FileNotFoundError:
-        _complain(f"{argv[0]}: command not found", NOT_FOUND)
-    except (OSError, KeyError, ValueError) as error:
-        _complain(f"{argv[0]}: {error}", NOT_EXECUTABLE)
-    finally:
-        os._exit(NOT_EXECUTABLE)
-
-
-def _complain(text: str, code: int) -> None:
-    os.write(2, f"{text}\n".encode(errors="replace"))
-    os._exit(code)
-
-
-def _become(user: str) -> str:
-    """Be that user from here on; returns its home directory."""
-    entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
-    if entry.pw_uid == os.getuid():
-        return entry.pw_dir
-    try:
-        os.setgroups(os.getgrouplist(entry.pw_name, entry.pw_gid))
-        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise ValueError(f"user {user} is not mapped: a plain user's sandbox has root alone") from None
-        raise
-    return entry.pw_dir
 
 
 def ended_children() -> Iterator[tuple[int, int]]:

@@ -19,6 +19,7 @@ from typing import Any
 from skyrl_minisandbox.sandbox import limits, processes, tree, wire
 from skyrl_minisandbox.sandbox.answers import Answers
 from skyrl_minisandbox.sandbox.bash import Bash
+from skyrl_minisandbox.sandbox.spawn import NOT_EXECUTABLE, NotStarted, OomScore, Spawner
 from skyrl_minisandbox.sandbox.underway import Command, Unpacking, Writing, read_file
 from skyrl_minisandbox.sandbox.wire import Answer, Ask
 
@@ -29,6 +30,7 @@ _FREEZE = 20.0
 _KILL_PAUSE = 0.05
 _LONGEST_POLL = 1e6  # an epoll takes its milliseconds as an int
 _STDIN_WINDOW = 1 << 20
+_OWN_FILES = 256
 # What a pipe can hold at a command's end (1 MiB at most without privilege) is 16 chunks; what a background
 # process goes on writing is not the command's.
 _LAST_ROUNDS = 17
@@ -37,13 +39,14 @@ _LAST_ROUNDS = 17
 class Server:
     """The loop. `request` is the launcher's, as init got it."""
 
-    def __init__(self, request: dict[str, Any], sock: socket.socket, score: processes.OomScore) -> None:
+    def __init__(self, request: dict[str, Any], sock: socket.socket, score: OomScore) -> None:
         self._sock = sock
-        self._score = score
         self._sock.setblocking(False)
         self._limits = request["limits"]
         self._places = ("/", "/dev", "/dev/shm", *(("/tmp", "/run") if request["private_tmp"] else ()))
-        self._rlimits = limits.rlimits(request)
+        # A background process may hold both its pipes, whose other ends are init's.
+        own_files = 2 * self._limits["processes"] + _OWN_FILES
+        self._spawner = Spawner(limits.rlimits(request), score, own_files)
         self._reader = wire.FrameReader()
         self._answers = Answers(sock)
         self._poll = select.epoll()
@@ -145,15 +148,15 @@ class Server:
                 stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             theirs.append(stdin)
             out_write, err_write = theirs[:2]
-            pid = processes.spawn(
+            pid = self._spawner.spawn(
                 ask["argv"], env=ask["env"], cwd=ask["cwd"], user=ask["user"],
-                fds={0: stdin, 1: out_write, 2: err_write}, rlimits=self._rlimits, score=self._score,
+                fds={0: stdin, 1: out_write, 2: err_write},
             )
-        except OSError as error:
+        except (OSError, NotStarted) as error:
             # What runs inside has used up processes or descriptors: a result, told as a shell would.
             for fd in ours:
                 os.close(fd)
-            self._refuse(request, f"cannot fork: {error.strerror}")
+            self._refuse(request, "cannot fork", error)
             return
         finally:
             for fd in theirs:
@@ -173,19 +176,19 @@ class Server:
         shell = self._shells.get(key)
         if shell is None:
             shell = self._shells[key] = Bash(
-                key, ask["env"], ask["cwd"], ask["user"], self._rlimits, self._score
+                key, ask["env"], ask["cwd"], ask["user"], self._spawner
             )
             shell.restored, shell.exit_code = ask.get("restored", False), ask.get("code", 0)
         try:
             if not shell.pid:
                 self._start(shell)
             output = shell.begin(ask["command"])
-        except OSError as error:
+        except (OSError, NotStarted) as error:
             if isinstance(error, BlockingIOError):
                 # It takes no more commands: the next one finds a fresh shell.
                 processes.kill_all({shell.pid})
                 self._reap(wait=_KILL_PAUSE)
-            self._refuse(request, f"cannot run in the shell: {error.strerror}")
+            self._refuse(request, "cannot run in the shell", error)
             return
         command = Command(request, shell.pid, ask["timeout"], self._limits["output"])
         command.shell = shell
@@ -195,7 +198,7 @@ class Server:
     def start_shell(self, ask: dict[str, Any]) -> None:
         """Start one before its first command comes: bash gets ready while that is on its way."""
         shell = self._shells[ask["shell"]] = Bash(
-            ask["shell"], ask["env"], ask["cwd"], ask["user"], self._rlimits, self._score
+            ask["shell"], ask["env"], ask["cwd"], ask["user"], self._spawner
         )
         self._start(shell)
 
@@ -204,11 +207,13 @@ class Server:
         self._poll.register(shell.control, select.EPOLLIN)
         self._by_output[shell.control] = None
 
-    def _refuse(self, request: int, text: str) -> None:
+    def _refuse(self, request: int, what: str, error: OSError | NotStarted) -> None:
+        text, code = (str(error), error.code) if isinstance(error, NotStarted) else (
+            f"{what}: {error.strerror}", NOT_EXECUTABLE)
         command = Command(request, 0, None, self._limits["output"])
-        command.capture.add(2, f"{text}\n".encode())
+        command.capture.add(2, f"{text}\n".encode(errors="replace"))
         self._commands[request] = command
-        self._finish(command, processes.NOT_EXECUTABLE)
+        self._finish(command, code)
 
     def _watch(self, command: Command, fd: int, stream: int) -> None:
         os.set_blocking(fd, False)
