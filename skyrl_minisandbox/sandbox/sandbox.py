@@ -48,7 +48,7 @@ class Sandbox:
     def __init__(self, spec: SandboxSpec, launcher: client.LauncherClient | None = None) -> None:
         self._prepare(spec, launcher or client.shared(), [])
         if spec.start_shell:
-            self.prepared(self.shell())
+            self.prepared(self._new_shell())
         self._open()
         self._await()
 
@@ -64,6 +64,7 @@ class Sandbox:
         self._used_upper = False  # the directory that the spec names is one sandbox's, once
         client.keep_from_children(self)
         self._shells: list[Shell] = []
+        self._keys = 0  # of shells, so far
         self._first_shell: Shell | None = None  # started before anybody asked for it, by a pool
 
     def _open(self) -> None:
@@ -198,9 +199,14 @@ class Sandbox:
             if self._first_shell is not None and user is None and env is None and cwd is None:
                 first, self._first_shell = self._first_shell, None
                 return first
-            key = f"s{len(self._shells) + 1}"
-            shell = Shell(self, key, self._environment(env), cwd or self.spec.workdir, user)
-            self._shells.append(shell)
+            return self._new_shell(user, env, cwd)
+
+    def _new_shell(
+        self, user: str | None = None, env: Mapping[str, str] | None = None, cwd: str | None = None
+    ) -> Shell:
+        self._keys += 1
+        shell = Shell(self, f"s{self._keys}", self._environment(env), cwd or self.spec.workdir, user)
+        self._shells.append(shell)
         return shell
 
     def prepared(self, shell: Shell) -> None:
@@ -209,7 +215,7 @@ class Sandbox:
 
     @property
     def shells(self) -> tuple[Shell, ...]:
-        """Every shell made here, in order; in a fork, those of its parent, as they were."""
+        """Every shell made since the last `reset`, in order; in a fork, those of its parent, as they were."""
         return tuple(self._shells)
 
     def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
@@ -273,7 +279,7 @@ class Sandbox:
     # State
 
     def reset(self) -> None:
-        """Drop everything that was written and every process: as made anew, shells too.
+        """Drop everything that was written and every process: as made anew. A shell of before starts anew too.
 
         Raises as the constructor does; then the sandbox is closed.
         """
@@ -283,6 +289,9 @@ class Sandbox:
             self._frozen = []
             for shell in self._shells:
                 shell._state = None
+            self._shells = []
+            if self.spec.start_shell:
+                self.prepared(self._new_shell())
             try:
                 self._renew()  # before the old one ends: what takes time there goes on beside this
             finally:
@@ -320,6 +329,7 @@ class Sandbox:
                     child._prepare(self.spec, self._launcher, list(self._frozen))
                     child._used_upper = True
                     child._shells = [shell._copy(child) for shell in self._shells]
+                    child._keys = self._keys
                     child._open()
                     children.append(child)
                 self._await()

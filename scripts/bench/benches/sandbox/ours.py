@@ -91,7 +91,7 @@ class Ours(Contender):
             self.stop()
             raise Absent(f"cgroups: {self.launcher.facts.get('cgroup') or 'they could not be switched off'}")
         scratch = ground.work / "scratch"
-        self.spec = SandboxSpec(layers=(ground.root,), limits=LIMITS, scratch=scratch)
+        self.spec = SandboxSpec(layers=(ground.root,), limits=LIMITS, scratch=scratch, start_shell=True)
 
     def stop(self) -> None:
         self.launcher.close()
