@@ -306,6 +306,15 @@ class Box:
                     raise
                 return {}  # the launcher is gone, and every sandbox with it
 
+    def let_go(self) -> None:
+        """The same without waiting until it is gone."""
+        with self._close_lock:
+            if not self._closed.is_set():
+                self._closed.set()
+                self.cut()
+                self._launcher.tell("destroy", box=self.number)
+        self.hang_up()
+
     def cut(self) -> None:
         """Let init see its owner's end close, and whoever waits for an answer too; for when the launcher has ended."""
         try:

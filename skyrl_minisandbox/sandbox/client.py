@@ -208,6 +208,11 @@ class LauncherClient:
             raise explain(answer["error"], answer["errno"], answer["lacks"])
         return answer, received
 
+    def tell(self, verb: str, **request: Any) -> None:
+        """Send a request whose answer nobody waits for."""
+        with contextlib.suppress(OSError):  # the launcher has ended, which others are told
+            self._sock.sendmsg([json.dumps({"number": 0, "verb": verb, **request}).encode()])
+
     def adopt(self, box: _Box) -> None:
         """Cut its socket when the launcher ends. Raises `SandboxGone` when it has."""
         with self._lock:

@@ -280,6 +280,7 @@ class Sandbox:
 
     def reset(self) -> None:
         """Drop everything that was written and every process: as made anew. A shell of before starts anew too.
+        What was there may take a moment longer to end than this call.
 
         Raises as the constructor does; then the sandbox is closed.
         """
@@ -295,9 +296,11 @@ class Sandbox:
             try:
                 self._renew()  # before the old one ends: what takes time there goes on beside this
             finally:
-                old.close()
-                old.hang_up()
-                if upper is not None:
+                if upper is None:
+                    old.let_go()
+                else:
+                    old.close()
+                    old.hang_up()
                     remove_tree(upper)
             self._await()
 
