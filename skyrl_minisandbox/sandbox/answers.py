@@ -28,8 +28,14 @@ class Answers:
 
     def send(self, kind: Answer, request: int, payload: bytes = b"") -> None:
         """Send a frame, or have it wait."""
-        self._outgoing += wire.frame(kind, request, payload)
+        self.hold(kind, request, payload)
         self._flush()
+
+    def hold(self, kind: Answer, request: int, payload: bytes) -> None:
+        """Send a frame together with the next one, which is on its way: its owner is woken once."""
+        self._outgoing += wire.frame(kind, request, payload)
+        if len(self._outgoing) > _WINDOW:
+            self._flush()
 
     def done(self, request: int) -> None:
         """The plain end of what is no command."""

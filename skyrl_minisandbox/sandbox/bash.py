@@ -38,7 +38,8 @@ class Bash:
         self._input = -1
         self._nonce = b""
         self._told = b""
-        self._count = 0
+        self._output = ""
+        self._next, self._next_name = -1, ""  # where the output of the next command comes from, made ahead
         self.exit_code = 0
         self._begun = (0, 0)
         self.started = 0
@@ -85,8 +86,12 @@ class Bash:
     def _new_file(self, name: str, mode: int) -> int:
         """A descriptor of a new file: what lies there now may be a link, or a FIFO, which would hold init."""
         path = self._path(name)
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except IsADirectoryError:
+            os.rename(path, self._path(os.urandom(8).hex()))
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         os.fchmod(fd, mode)
         return fd
@@ -102,17 +107,17 @@ class Bash:
 
         Raises `OSError`: `BlockingIOError` when bash does not take any more, as others filled its input.
         """
-        self._count += 1
-        self._nonce = os.urandom(16).hex().encode()
+        if self._next >= 0 and not self._untouched():
+            os.close(self._next)
+            self._next = -1
+        self._prepare()
         self._told = b""
-        file, output = self._path("command"), self._path(f"output{self._count}")
+        file, output = self._path("command"), self._next_name
         with open(self._new_file("command", 0o644), "wb", buffering=0) as handle:
             view = memoryview(f"{command}\n".encode("utf-8", "surrogateescape"))
             while view:
                 view = view[handle.write(view) :]
-        os.mkfifo(output)
-        os.chmod(output, 0o622)
-        read = os.open(output, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        read, self._next, self._output = self._next, -1, output
         self._begun = processes.moment()
         restore = f"(exit {self.exit_code}); " if self.exit_code else ""
         state = self._path("state")
@@ -131,12 +136,30 @@ class Bash:
             raise
         return read
 
+    def prepare(self) -> None:
+        """Make what the next command's output comes through, while nobody waits; what fails is told by `begin`."""
+        with contextlib.suppress(OSError):
+            self._prepare()
+
+    def _untouched(self) -> bool:
+        """Whether what was made ahead is still what lies there: a command may have removed it."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.lstat(self._next_name), os.fstat(self._next))
+        return False
+
+    def _prepare(self) -> None:
+        if self._next >= 0:
+            return
+        self._nonce = os.urandom(16).hex().encode()
+        self._next_name = self._path(os.urandom(8).hex())  # not to be guessed: what lies there would be in the way
+        os.mkfifo(self._next_name)
+        os.chmod(self._next_name, 0o622)
+        self._next = os.open(self._next_name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
     def opened(self) -> None:
         """The command's output is closed on our side or kept elsewhere: its name may go."""
-        try:
-            os.unlink(self._path(f"output{self._count}"))
-        except FileNotFoundError:
-            pass
+        with contextlib.suppress(OSError):  # gone, or a directory by now
+            os.unlink(self._output)
 
     def told(self) -> tuple[int, str] | None:
         """Read what the control pipe has: (exit code, working directory) when the command has ended.

@@ -72,6 +72,8 @@ class Server:
 
     def serve(self) -> None:
         """Until the owner's end of the socket closes."""
+        for shell in self._shells.values():  # one that was started at once
+            shell.prepare()
         while True:
             for fd, events in self._poll.poll(self._wait()):
                 if fd == self._sock.fileno():
@@ -454,8 +456,10 @@ class Server:
         for stream, data in command.capture.chunks():
             kind = Answer.STDOUT if stream == 1 else Answer.STDERR
             for start in range(0, len(data), wire.CHUNK):
-                self._answers.send(kind, command.request, data[start : start + wire.CHUNK])
+                self._answers.hold(kind, command.request, data[start : start + wire.CHUNK])
         seconds = time.monotonic() - command.started
         code = 124 if command.timed_out else code
         done = wire.DONE.pack(code, flags, seconds) + notice.encode(errors="replace")
         self._answers.send(Answer.DONE, command.request, done)
+        if command.shell is not None and command.shell.pid:
+            command.shell.prepare()

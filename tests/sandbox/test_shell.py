@@ -132,3 +132,11 @@ def test_a_shell_whose_input_was_filled_gives_way_to_a_fresh_one(shell: Shell) -
 def test_half_a_surrogate_pair_is_a_result(shell: Shell) -> None:
     assert shell.run("echo 'a\ud800b'").output == "a?b\n"
     assert shell.run("echo on").output == "on\n"
+
+
+def test_a_command_that_removes_our_files_costs_no_later_output(shell: Shell) -> None:
+    assert shell.run("rm -rf /dev/.minisandbox/*; echo gone").output == "gone\n"
+    assert shell.run("echo here; for f in /dev/.minisandbox/*; do rm -f $f; mkdir -p $f; done").output == "here\n"
+    assert shell.run("echo still here").output == "still here\n"
+    shell.run("rm -rf /dev/.minisandbox/*")
+    assert shell.run("echo at last").output == "at last\n"
