@@ -51,11 +51,20 @@ def gone(pids: list[int], limit: float | None = None) -> bool:
         time.sleep(0.01)
 
 
+def is_init(pid: str) -> bool:
+    """A launcher has other children too: who looks at uppers on disk."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text() == "minisandbox\n"
+    except OSError:
+        return False
+
+
 def settled(launcher: LauncherClient, sandboxes: int = 0) -> list[int]:
     """Wait until a launcher has the inits in store that it makes ahead; the pids of all its inits."""
     deadline = time.monotonic() + seconds(20)
     while time.monotonic() < deadline:
-        inits = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        inits = [int(pid) for pid in children if is_init(pid)]
         if len(inits) == sandboxes + READY_MADE:
             return inits
         time.sleep(0.03)
