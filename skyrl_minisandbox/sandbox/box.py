@@ -45,7 +45,6 @@ class Box:
         self._output = output
         self._closed = threading.Event()
         self._close_lock = threading.Lock()
-        self._send_lock = threading.Lock()  # one frame at a time: `interrupt` comes in between
         self._requests = 0
         self._unanswered = False
         self._frames: list[tuple[int, int, bytes]] = []
@@ -128,14 +127,13 @@ class Box:
         if deadline == _USUAL:
             deadline = time.monotonic() + ANSWER_SLACK
         left = memoryview(data)
-        with self._send_lock:
-            while left:
-                try:
-                    left = left[self._sock.send(left, socket.MSG_DONTWAIT) :]
-                except BlockingIOError:
-                    self._wait(select.POLLOUT, deadline)
-                except OSError as error:
-                    raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
+        while left:
+            try:
+                left = left[self._sock.send(left, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                self._wait(select.POLLOUT, deadline)
+            except OSError as error:
+                raise SandboxGone(f"the sandbox has ended: {error.strerror}") from error
 
     # Answers
 
@@ -283,10 +281,6 @@ class Box:
         poll.register(self._sock, select.POLLIN)
         return not self._closed.is_set() and not poll.poll(0)
 
-    @property
-    def closed(self) -> bool:
-        return self._closed.is_set()
-
     def close(self, *, keep: bool = False) -> dict[str, Any]:
         """Kill everything inside; returns when it is gone. Idempotent, from any thread: whoever waits for an answer
         gets `SandboxGone`. keep: what was written becomes a layer; the answer tells which (`layer`, `bytes`, `inodes`).
@@ -325,7 +319,7 @@ class Box:
     def forked(self) -> None:
         """In a forked child of the owner: closed here, and only here."""
         self._why = "the sandbox belongs to the process that this one was forked from"
-        self._closed, self._close_lock, self._send_lock = threading.Event(), threading.Lock(), threading.Lock()
+        self._closed, self._close_lock = threading.Event(), threading.Lock()
         self._closed.set()
         self._sock.close()
 

@@ -13,6 +13,8 @@ import os
 import re
 from typing import NamedTuple
 
+from skyrl_minisandbox.sandbox.processes import start_time
+
 _NAME = re.compile(r"minisandbox-(\d+)-(\d+)$")
 _WANTED = frozenset(("memory", "pids", "cpu"))
 # How a cgroup's files begin that has no limit of its own. pids.max is not among them: every unit of systemd has one,
@@ -150,13 +152,7 @@ def _read(directory: str, name: str, otherwise: str = "") -> str:
 
 def own_name(proc: str) -> str:
     pid = os.getpid()
-    return f"minisandbox-{pid}-{_start_time(proc, pid)}"
-
-
-def _start_time(proc: str, pid: int) -> str:
-    """Field 22 of /proc/PID/stat: with the pid it names a process once. "" for a process that has ended."""
-    fields = _text(f"{proc}/{pid}/stat").rsplit(")", 1)[1].split()
-    return "" if fields[0] in ("Z", "X") else fields[19]
+    return f"minisandbox-{pid}-{start_time(pid, proc)}"
 
 
 def _text(path: str) -> str:
@@ -179,11 +175,8 @@ def sweep(parent: str, proc: str) -> None:
         match = _NAME.match(name)
         if match is None:
             continue
-        try:
-            if _start_time(proc, int(match[1])) == match[2]:
-                continue
-        except OSError:
-            pass  # no such process
+        if start_time(int(match[1]), proc) == match[2]:
+            continue
         remove(f"{parent}/{name}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import atexit
 import collections
 import concurrent.futures
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from skyrl_minisandbox.errors import MachineError, SandboxError, SandboxGone
+from skyrl_minisandbox.sandbox import linux
 from skyrl_minisandbox.sandbox.launcher import CONTROL_FD
+from skyrl_minisandbox.sandbox.sealed import BOOT
 
 # The launcher answers in milliseconds; a loaded machine may take longer to start a Python. Seconds.
 START_TIMEOUT = 60.0
@@ -29,8 +30,6 @@ ANSWER_TIMEOUT = 120.0
 PIPE_TIMEOUT = 1800.0  # a compiled scientific environment has gigabytes, and its reader compresses them
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent.parent)
-# argv holds no secret and no setting: /proc/1/cmdline of every sandbox shows it.
-_BOOT = "import sys;sys.path.insert(0,sys.argv[1]);from skyrl_minisandbox.sandbox.launcher import main;main()"
 
 _HINTS = {
     "userns": "user namespaces are switched off: as root `sysctl -w user.max_user_namespaces=65536`, and where they "
@@ -121,7 +120,7 @@ class LauncherClient:
 
     def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         # subprocess can place standard descriptors only: the socket comes as stdin, and the first statement moves it.
-        boot = f"import os;os.dup2(0,{CONTROL_FD});os.dup2(os.open(os.devnull,os.O_RDONLY),0);{_BOOT}"
+        boot = f"import os;os.dup2(0,{CONTROL_FD});os.dup2(os.open(os.devnull,os.O_RDONLY),0);{BOOT}"
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", boot, _PACKAGE_ROOT],
             stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=self._log, env=_launcher_env(), cwd="/",
@@ -132,15 +131,9 @@ class LauncherClient:
         """Hand answers to those who wait, until the launcher's end closes."""
         while True:
             try:
-                data, ancillary, flags, _ = self._sock.recvmsg(
-                    1 << 20, socket.CMSG_SPACE(4 * 8), socket.MSG_CMSG_CLOEXEC
-                )
+                data, fds, flags = linux.receive_fds(self._sock, 1 << 20, 8)
             except OSError:
-                data, ancillary, flags = b"", [], 0
-            fds = array.array("i")
-            for level, kind, payload in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+                data, fds, flags = b"", [], 0
             if not data:
                 break
             answer = json.loads(data)
@@ -150,7 +143,7 @@ class LauncherClient:
             with self._lock:
                 future = self._pending.pop(answer["number"], None)
             if future is not None and "error" not in answer:
-                future.set_result((answer, list(fds)))
+                future.set_result((answer, fds))
                 continue
             for fd in fds:
                 os.close(fd)
@@ -190,9 +183,8 @@ class LauncherClient:
             number = self._number
             self._pending[number] = future
         data = json.dumps({"number": number, "verb": verb, **request}).encode()
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._sock.sendmsg([data], rights)
+            socket.send_fds(self._sock, [data], fds)
         except OSError as error:
             with self._lock:
                 self._pending.pop(number, None)

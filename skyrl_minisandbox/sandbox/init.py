@@ -7,7 +7,6 @@ ends, so does init, and with it every process inside.
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import resource
@@ -44,9 +43,9 @@ def run_init(
     """
     score = OomScore(mounts.HOST + "/proc/self/oom_score_adj")
     failed: SetupFailed | None = None
-    proc_refused: list[OSError] = []
+    proc_refused: OSError | None = None
     try:
-        _get_ready(network, single_id, entries, cgroup, proc_refused)
+        proc_refused = _get_ready(network, single_id, entries, cgroup)
     except SetupFailed as error:
         failed = error
     except BaseException as error:
@@ -55,7 +54,7 @@ def run_init(
     try:
         if failed is not None:
             raise failed
-        _set_up(request, fds, single_id, proc_refused[0] if proc_refused else None)
+        _set_up(request, fds, single_id, proc_refused)
         server = Server(request, sock, score)
         if request["shell"] is not None:
             server.start_shell(request["shell"])
@@ -75,14 +74,11 @@ def run_init(
 
 def _request(line: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Wait for a request, and the root and the binds that come with it. The launcher's end is the end."""
-    data, ancillary, _, _ = line.recvmsg(1 << 17, socket.CMSG_SPACE(4 * 254), socket.MSG_CMSG_CLOEXEC)
+    data, fds, _ = linux.receive_fds(line, 1 << 17, 254)
     if not data:
         os._exit(0)
     line.close()
-    fds = array.array("i")
-    for _, _, payload in ancillary:
-        fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    return json.loads(data), list(fds)
+    return json.loads(data), fds
 
 
 def _step(name: str, execute: Any) -> None:
@@ -92,9 +88,8 @@ def _step(name: str, execute: Any) -> None:
         raise SetupFailed(name, error.errno or 0, str(error)) from error
 
 
-def _get_ready(
-    network: str, single_id: bool, entries: list[int], cgroup: bool, proc_refused: list[OSError]
-) -> None:
+def _get_ready(network: str, single_id: bool, entries: list[int], cgroup: bool) -> OSError | None:
+    """Everything that no request decides. Returns what kept us from a /proc: whether it may be missing, one says."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher's own is to ignore it
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -110,13 +105,15 @@ def _get_ready(
         _step("loopback", linux.loopback_up)
     _step("bounding set", lambda: linux.bound_capabilities(CAPABILITIES))
     _step("private mounts", lambda: linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE))
+    proc_refused: OSError | None = None
     for step in mounts.steps_ahead(single_id):
         try:
             step.execute()
         except OSError as error:
             if step.describe != "proc at /proc":
                 raise SetupFailed(step.describe, error.errno or 0, str(error)) from error
-            proc_refused.append(error)  # whether it may be missing, the request says
+            proc_refused = error
+    return proc_refused
 
 
 def _set_up(request: dict[str, Any], fds: list[int], single_id: bool, proc_refused: OSError | None) -> None:

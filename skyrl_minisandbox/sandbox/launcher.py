@@ -11,7 +11,6 @@ Owner and launcher trust each other: messages between them are JSON, with descri
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import gc
@@ -321,11 +320,7 @@ class Launcher:
         return -1
 
     def _receive(self) -> bool:
-        data, ancillary, _, _ = self._sock.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 8))
-        fds = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        data, fds, _ = linux.receive_fds(self._sock, 1 << 20, 8)
         if not data:
             return False
         message = json.loads(data)
@@ -359,11 +354,8 @@ class Launcher:
 
     def _answer(self, number: int, answer: dict[str, Any], fds: list[int] | None = None) -> None:
         data = json.dumps({"number": number, **answer}).encode()
-        ancillary = []
-        if fds:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
         try:
-            self._sock.sendmsg([data], ancillary)
+            socket.send_fds(self._sock, [data], fds or [])
         except (BrokenPipeError, ConnectionResetError):
             pass  # the owner is gone: the loop sees it next
         for fd in fds or ():

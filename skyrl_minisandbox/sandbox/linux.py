@@ -6,6 +6,7 @@ uapi headers of Linux 6.18; the system calls of 424 and up have one number on ev
 
 from __future__ import annotations
 
+import array
 import ctypes
 import fcntl
 import os
@@ -210,7 +211,7 @@ def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     return pid, pidfd.value
 
 
-def close_range(first: int, last: int) -> None:
+def close_range(first: int, last: int = (1 << 32) - 1) -> None:
     """Close every descriptor from `first` to `last`. Linux 5.9."""
     if first <= last:
         _check(_libc.syscall(ctypes.c_long(SYS_close_range), ctypes.c_uint(first), ctypes.c_uint(last), 0),
@@ -302,6 +303,17 @@ def set_seccomp(program: bytes) -> None:
     fprog = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
     holder = ctypes.create_string_buffer(fprog, len(fprog))
     prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(holder))
+
+
+def receive_fds(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+    """A message with its descriptors, which no exec inherits, and the flags of recvmsg(2). `socket.recv_fds` does the
+    same, but loses the flag that closes them on exec (Python 3.11)."""
+    data, ancillary, flags, _ = sock.recvmsg(size, socket.CMSG_SPACE(4 * most), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return data, list(fds), flags
 
 
 def loopback_up() -> None:

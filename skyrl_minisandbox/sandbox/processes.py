@@ -1,4 +1,4 @@
-"""Starting, watching and killing processes, from init's side."""
+"""Watching and killing processes, and keeping what they say, from init's side."""
 
 from __future__ import annotations
 
@@ -79,6 +79,16 @@ def ended_children() -> Iterator[tuple[int, int]]:
 def exit_code(status: int) -> int:
     code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code
+
+
+def start_time(pid: int, proc: str = "/proc") -> str:
+    """Field 22 of /proc/PID/stat: with the pid it names a process once. "" for one that has ended, or never was."""
+    try:
+        with open(f"{proc}/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
 class _Process(NamedTuple):
@@ -164,10 +174,13 @@ def belonging(root: int, since: tuple[int, int] | None, others: frozenset[int]) 
     return {pid for pid, process in table.items() if pid != root and process.alive and is_ours(pid)}
 
 
-def kill_others() -> None:
-    """Kill every process inside but ourselves."""
-    with contextlib.suppress(ProcessLookupError):  # nobody but us
+def kill_others() -> bool:
+    """Kill every process inside but ourselves; whether there was any."""
+    try:
         os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def kill_all(pids: Iterable[int], sign: int = signal.SIGKILL) -> None:

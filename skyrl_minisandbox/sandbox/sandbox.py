@@ -65,7 +65,7 @@ class Sandbox:
         client.keep_from_children(self)
         self._shells: list[Shell] = []
         self._keys = 0  # of shells, so far
-        self._first_shell: Shell | None = None  # started before anybody asked for it, by a pool
+        self._first_shell: Shell | None = None  # made before anybody asked: the first `shell()` gives it
 
     def _open(self) -> None:
         """Have a box made; `_await` waits for it, so that several can be made at once."""

@@ -12,6 +12,7 @@ import re
 import secrets
 from pathlib import Path
 
+from skyrl_minisandbox.sandbox.processes import start_time
 from skyrl_minisandbox.sandbox.state import remove_tree
 
 _NAME = re.compile(r"upper-([0-9a-f]{8})-(\d+)-(\d+)-(\d+)-[0-9a-f]+$")
@@ -25,7 +26,7 @@ def place(scratch: Path) -> Path:
         sweep(scratch)
     boot, namespace = _here()
     pid = os.getpid()
-    return scratch / f"upper-{boot}-{namespace}-{pid}-{_start(pid)}-{secrets.token_hex(8)}"
+    return scratch / f"upper-{boot}-{namespace}-{pid}-{start_time(pid)}-{secrets.token_hex(8)}"
 
 
 def sweep(scratch: Path) -> int:
@@ -43,7 +44,7 @@ def sweep(scratch: Path) -> int:
         match = _NAME.match(name)
         if match is None:
             continue
-        if match[1] == boot and (match[2] != namespace or _start(int(match[3])) == match[4]):
+        if match[1] == boot and (match[2] != namespace or start_time(int(match[3])) == match[4]):
             continue
         remove_tree(scratch / name)
         removed += 1
@@ -56,13 +57,3 @@ def _here() -> tuple[str, str]:
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read(8)
     return boot, str(os.stat("/proc/self/ns/pid").st_ino)
-
-
-def _start(pid: int) -> str:
-    """Field 22 of /proc/PID/stat; "" for a process that has ended."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in (b"Z", b"X") else fields[19].decode()

@@ -14,7 +14,8 @@ import sys
 from skyrl_minisandbox.sandbox import linux
 
 _MARK = "sealed"
-_BOOT = "import sys;sys.path.insert(0,sys.argv[1]);from skyrl_minisandbox.sandbox.launcher import main;main()"
+# argv holds no secret and no setting: /proc/1/cmdline of every sandbox shows it.
+BOOT = "import sys;sys.path.insert(0,sys.argv[1]);from skyrl_minisandbox.sandbox.launcher import main;main()"
 
 
 def is_sealed() -> bool:
@@ -34,4 +35,4 @@ def start_anew(keep_fd: int) -> None:
     linux.keep_capabilities()
     os.set_inheritable(keep_fd, True)
     options = sys.orig_argv[: sys.orig_argv.index("-c")]
-    os.execv(program, [*options, "-c", _BOOT, sys.argv[1], _MARK])
+    os.execv(program, [*options, "-c", BOOT, sys.argv[1], _MARK])

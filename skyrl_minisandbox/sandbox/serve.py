@@ -278,10 +278,8 @@ class Server:
         """Kill every process but ourselves and wait until the last is gone."""
         deadline = time.monotonic() + _FREEZE
         while time.monotonic() < deadline:
-            try:
-                os.kill(-1, signal.SIGKILL)
-            except ProcessLookupError:
-                break  # nobody but us
+            if not processes.kill_others():
+                break
             self._reap(wait=_KILL_PAUSE)
         self._reap()
         if any(name.isdigit() and name != "1" for name in os.listdir("/proc")):

@@ -7,7 +7,7 @@ for a request and the root that comes with it. One is made on the spot when none
 
 from __future__ import annotations
 
-import array
+import itertools
 import json
 import os
 import select
@@ -35,8 +35,7 @@ class Spare:
 
     def hand_over(self, request: dict[str, Any], fds: list[int]) -> None:
         """Give it its request, and its root and binds as descriptors. Raises `OSError` when it has ended."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        self._line.sendmsg([json.dumps(request).encode()], rights)
+        socket.send_fds(self._line, [json.dumps(request).encode()], fds)
         self._line.close()
 
     @property
@@ -155,8 +154,9 @@ class Spares:
         try:
             signal.set_wakeup_fd(-1)
             keep = sorted({0, 1, 2, sock.fileno(), line.fileno(), *cgroup.entries})
-            for low, high in zip(keep, [*keep[1:], 1 << 32], strict=True):
+            for low, high in itertools.pairwise(keep):
                 linux.close_range(low + 1, high - 1)
+            linux.close_range(keep[-1] + 1)
             null = os.open(f"{HOST}/dev/null", os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(null, fd)

@@ -20,7 +20,6 @@ from skyrl_minisandbox.sandbox import linux
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what a shell exits with
 
 _OOM_SCORE = 500
-_HIGHEST_FD = (1 << 32) - 1
 # init has them ignored or caught; what it starts shall not.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGUSR1)
 _NO_MORE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -138,9 +137,9 @@ def _exec(
                 os.set_inheritable(fd, True)  # dup2 onto itself changes nothing: exec would close it
             else:
                 os.dup2(fd, target, inheritable=True)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD):
+        for number in _DEFAULT_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        linux.close_range(max(max(fds), 2) + 1, _HIGHEST_FD)
+        linux.close_range(max(max(fds), 2) + 1)
         for limit, value in rlimits.items():
             resource.setrlimit(limit, (value, value))
         if user is not None:

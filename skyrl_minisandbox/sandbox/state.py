@@ -30,8 +30,6 @@ class FrozenLayer:
 
     def __del__(self) -> None:
         if self.launcher.owner_pid != os.getpid():
-            return  # a copy of ours in a fork
-        if self.launcher.owner_pid != os.getpid():
             return  # in a forked child: it is the parent's
         self.launcher.release(self.number)
         if self.directory is not None:

@@ -7,7 +7,6 @@ This is the one place that polls: a file system tells nobody that a tree has gro
 
 from __future__ import annotations
 
-import array
 import os
 import select
 import signal
@@ -21,7 +20,6 @@ from skyrl_minisandbox.sandbox import linux
 
 _PAUSE = 1.0  # seconds between two walks, at least
 _DEEPEST = 1000  # each level holds a descriptor; no path in use is deeper than PATH_MAX / 2
-_HIGHEST_FD = (1 << 32) - 1
 _BLOCK = 512  # of st_blocks (stat(3type))
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WATCH = struct.Struct("qqq")  # number, bytes, inodes; a descriptor beside it, or none: forget that number
@@ -69,9 +67,8 @@ class Watcher:
     def _tell(self, number: int) -> None:
         assert self._sock is not None
         upper, disk, inodes = self._watched.get(number, (-1, 0, 0))
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [upper]))] if upper >= 0 else []
         try:
-            self._sock.sendmsg([_WATCH.pack(number, disk, inodes)], rights)
+            socket.send_fds(self._sock, [_WATCH.pack(number, disk, inodes)], [upper] if upper >= 0 else [])
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has ended: `over` starts it anew, with all there is to watch
 
@@ -90,7 +87,7 @@ def _be_watcher(sock: socket.socket, launcher: int) -> NoReturn:
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         linux.set_name("minisandbox-w")
         fd = os.dup2(sock.detach(), 0, inheritable=False)
-        linux.close_range(1, _HIGHEST_FD)  # the launcher's sockets above all: their ends are others' lifelines
+        linux.close_range(1)  # the launcher's sockets above all: their ends are others' lifelines
         if os.getppid() == launcher:
             os.nice(5)
             _loop(socket.socket(fileno=fd))
@@ -106,14 +103,13 @@ def _loop(sock: socket.socket) -> None:
     while True:
         wait = max(due - time.monotonic(), 0) * 1000 if places else None
         if poll.poll(wait):
-            data, ancillary, _, _ = sock.recvmsg(_WATCH.size, socket.CMSG_SPACE(4))
+            data, fds, _ = linux.receive_fds(sock, _WATCH.size, 1)
             if not data:
                 return
             number, disk, inodes = _WATCH.unpack(data)
             if number in places:
                 os.close(places.pop(number)[0])
-            for _, _, payload in ancillary:
-                fd = array.array("i", payload)[0]
+            for fd in fds:
                 places[number] = os.open(".", _DIRECTORY, dir_fd=fd), disk, inodes
                 os.close(fd)
             continue
