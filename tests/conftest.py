@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import support
+from tests import machine, support
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,13 +53,13 @@ def nothing_left_behind() -> Iterator[None]:
     pytest. Where others run our package at the same time the rest cannot be told apart, so it only fails
     where MINISANDBOX_MUST_RUN has `clean`.
     """
-    before = support.Leftovers()
+    before = machine.Leftovers()
     yield
     _stop_shared()
     deadline = time.monotonic() + 5
-    while (processes := support.descendants(os.getpid())) and time.monotonic() < deadline:
+    while (processes := machine.descendants(os.getpid())) and time.monotonic() < deadline:
         time.sleep(0.05)
-    rest = support.Leftovers() - before
+    rest = machine.Leftovers() - before
     with contextlib.suppress(OSError):
         shutil.rmtree(support.shared_directory(), ignore_errors=True)
     lines = [f"process {line}" for line in processes] + rest

@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.support import Process, descendants, living_processes, must_run, seconds
+from tests.machine import Process, descendants, living_processes
+from tests.support import must_run, seconds
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 _MEMORY = ("AnonPages", "Shmem", "SUnreclaim", "KernelStack", "PageTables", "Percpu")

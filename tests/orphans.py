@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 
-from tests.support import become_subreaper, descendants
+from tests.machine import become_subreaper, descendants
 
 
 def main(grace: float, argv: list[str]) -> int:

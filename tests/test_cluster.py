@@ -27,8 +27,9 @@ from skyrl_minisandbox.cluster import (
 from skyrl_minisandbox.config import EnvConfig, make_config
 from skyrl_minisandbox.errors import NodeError
 from skyrl_minisandbox.own_ray import RAY_TAIL, SOCKET_PATH, ray_place
+from tests.machine import descendants
 from tests.small import SOLVE, build_small_image, request, small_task
-from tests.support import REPOSITORY, descendants, needs
+from tests.support import REPOSITORY, needs
 
 sandboxes = needs("userns", "overlay", "git")
 

@@ -17,8 +17,9 @@ import pytest
 from skyrl_minisandbox.errors import NodeError
 from skyrl_minisandbox.node import Node, NodeSetup
 from skyrl_minisandbox.record import EndedBy
+from tests.machine import descendants
 from tests.small import SOLVE, build_small_image, request, small_task
-from tests.support import REPOSITORY, descendants, needs
+from tests.support import REPOSITORY, needs
 
 pytestmark = needs("userns", "overlay", "git")
 

@@ -32,6 +32,6 @@ def test_an_orphan_is_named_and_ended() -> None:
 
 
 def all_commands() -> list[str]:
-    from tests.support import living_processes
+    from tests.machine import living_processes
 
     return [p.command for p in living_processes().values()]

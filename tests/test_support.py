@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests import support
+from tests import machine, support
 from tests.support import needs
 
 
@@ -35,7 +35,7 @@ def test_an_ordinary_user_has_our_python_and_packages_and_is_gone_afterwards() -
         user.popen(["sleep", "300"], start_new_session=True).poll()
         uid, home = user.uid, user.home
     assert not home.exists()
-    assert not [p for p in support.living_processes().values() if p.uid == uid]
+    assert not [p for p in machine.living_processes().values() if p.uid == uid]
     with pytest.raises(KeyError):
         pwd.getpwuid(uid)
     assert os.getuid() == 0

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import REPOSITORY, living_processes, needs
+from tests.machine import living_processes
+from tests.support import REPOSITORY, needs
 
 pytestmark = [pytest.mark.ci, needs("userns", "overlay", "network", "ray")]
 

@@ -9,17 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_minisandbox.sandbox import Bind, Limits, Sandbox, SandboxSpec, owner_shift
-from tests.support import require
+from skyrl_minisandbox.sandbox import Limits, Sandbox, SandboxSpec, owner_shift
+from skyrl_minisandbox.sandbox.client import LauncherClient
+from tests.support import base_binds, require
 
 MIB = 1 << 20
-
-
-def base_binds() -> tuple[Bind, ...]:
-    found = [Bind("/usr", "/usr")]
-    found += [Bind(f"/{name}", f"/{name}") for name in ("bin", "sbin", "lib", "lib64")
-              if os.path.isdir(f"/{name}") and not os.path.islink(f"/{name}")]
-    return tuple(found)
 
 
 def make_layer(path: Path) -> Path:
@@ -46,6 +40,14 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in (".", *names) if shift else ():
             os.chown(f"{directory}/{name}", shift, shift, follow_symlinks=False)
     return path
+
+
+@pytest.fixture
+def launcher() -> Iterator[LauncherClient]:
+    """One of its own, which ends with the test."""
+    client = LauncherClient()
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tests.support import OrdinaryUser, needs, seconds
 def test_every_promise_holds_for_an_ordinary_user(tier: str, user: OrdinaryUser) -> None:
     tests = Path(__file__).resolve().parents[1]
     target = user.home / f"checkout-{tier}"
-    for name in ("__init__.py", "support.py", "conftest.py", "orphans.py", "footprint.py"):
+    for name in ("__init__.py", "machine.py", "support.py", "conftest.py", "orphans.py", "footprint.py"):
         target.joinpath("tests").mkdir(parents=True, exist_ok=True)
         shutil.copy(tests / name, target / "tests" / name)
     shutil.copytree(tests / "sandbox", target / "tests/sandbox", ignore=shutil.ignore_patterns("__pycache__"))

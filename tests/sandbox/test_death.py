@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,9 @@ from skyrl_minisandbox.errors import SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
 from skyrl_minisandbox.sandbox.client import LauncherClient
 from tests import footprint
+from tests.machine import descendants
 from tests.sandbox.test_teardown import alive, gone, inside
-from tests.support import descendants, seconds
+from tests.support import seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,13 +53,6 @@ ENDS = {
     "by abort": "os.abort()",
     "by exec": "os.execv('/bin/true', ['true'])",
 }
-
-
-@pytest.fixture
-def launcher() -> Iterator[LauncherClient]:
-    client = LauncherClient()
-    yield client
-    client.close()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,8 @@ import pytest
 from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec, Shell
 from skyrl_minisandbox.sandbox.client import LauncherClient
 from tests import footprint
-from tests.support import living_processes, needs, seconds
+from tests.machine import living_processes
+from tests.support import needs, seconds
 
 # What a shell does between two answers: nothing, arithmetic, a pipeline, a job in the background whose output comes
 # in this result or in none, output in both streams, files.
@@ -33,13 +33,6 @@ BUSY = (
     "X=$(echo {token}); export X; echo $X",
     "head -c 20000 /dev/zero | tr '\\0' x >/dev/null; echo {token}; (exit 3)",
 )
-
-
-@pytest.fixture
-def launcher() -> Iterator[LauncherClient]:
-    client = LauncherClient()
-    yield client
-    client.close()
 
 
 def _work(shell: Shell, name: str, commands: int, counts: collections.Counter[str], wrong: list[str]) -> None:

@@ -19,7 +19,8 @@ from skyrl_minisandbox.sandbox import Sandbox, SandboxSpec
 from skyrl_minisandbox.sandbox.client import LauncherClient
 from tests import footprint
 from tests.footprint import Footprint
-from tests.support import descendants, seconds
+from tests.machine import descendants
+from tests.support import seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,13 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def adopting() -> Iterator[None]:
     with footprint.adopting():
         yield
-
-
-@pytest.fixture
-def launcher() -> Iterator[LauncherClient]:
-    client = LauncherClient()
-    yield client
-    client.close()
 
 
 def _compare(before: Footprint, after: Footprint, lives: int) -> None:

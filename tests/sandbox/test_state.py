@@ -20,13 +20,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def launcher() -> Iterator[LauncherClient]:
-    client = LauncherClient()
-    yield client
-    client.close()
-
-
-@pytest.fixture
 def forked(sandbox: Sandbox) -> Iterator[Callable[..., list[Sandbox]]]:
     """Forks that are closed after the test: `forked(2)` of `sandbox`, or `forked(2, other)`."""
     made: list[Sandbox] = []

@@ -27,13 +27,6 @@ _BROKEN = re.compile(
 
 
 @pytest.fixture
-def launcher() -> Iterator[LauncherClient]:
-    client = LauncherClient()
-    yield client
-    client.close()
-
-
-@pytest.fixture
 def victim() -> Iterator[subprocess.Popen[bytes]]:
     """A process of the machine that is to live on."""
     process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)

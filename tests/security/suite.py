@@ -21,12 +21,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from skyrl_minisandbox.sandbox import Bind, Limits, Sandbox, SandboxSpec
+from skyrl_minisandbox.sandbox import Limits, Sandbox, SandboxSpec
 from skyrl_minisandbox.sandbox.client import LauncherClient
 from tests.security import traps
 from tests.security.inside.common import ERR, VARIABLE, WEAK
 from tests.security.inside.probes import order
-from tests.support import seconds
+from tests.support import base_binds, seconds
 
 MIB = 1 << 20
 # Below the thresholds of l01 to l03: 700 processes, 700 MiB, 400 MiB.
@@ -36,13 +36,6 @@ INSIDE = Path(__file__).resolve().parent / "inside"
 USER = "1000"
 
 Verdicts = dict[str, tuple[str, str]]
-
-
-def base_binds() -> tuple[Bind, ...]:
-    found = [Bind("/usr", "/usr")]
-    found += [Bind(f"/{name}", f"/{name}") for name in ("bin", "sbin", "lib", "lib64")
-              if os.path.isdir(f"/{name}") and not os.path.islink(f"/{name}")]
-    return tuple(found)
 
 
 def make_layer(path: Path) -> Path:

@@ -20,7 +20,7 @@ def test_every_attempt_fails_for_an_ordinary_users_sandbox_too(user: OrdinaryUse
     tests = Path(__file__).resolve().parents[1]
     target = user.home / "security"
     target.joinpath("tests/sandbox").mkdir(parents=True)
-    for name in ("__init__.py", "support.py", "conftest.py", "orphans.py"):
+    for name in ("__init__.py", "machine.py", "support.py", "conftest.py", "orphans.py"):
         shutil.copy(tests / name, target / "tests" / name)
     for name in ("__init__.py", "test_seccomp.py"):
         shutil.copy(tests / "sandbox" / name, target / "tests/sandbox" / name)

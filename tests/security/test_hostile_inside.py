@@ -18,10 +18,11 @@ import pytest
 
 from skyrl_minisandbox.errors import SandboxGone
 from skyrl_minisandbox.sandbox import Bind, Sandbox, SandboxSpec
+from tests.machine import descendants
 from tests.security import traps
 from tests.security.conftest import Yard, within
 from tests.security.inside.common import VARIABLE
-from tests.support import descendants, needs, seconds
+from tests.support import needs, seconds
 
 MIB = 1 << 20
 
