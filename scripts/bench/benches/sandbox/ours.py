@@ -23,15 +23,15 @@ NO_CGROUP = (
 @contextlib.contextmanager
 def boot(extra: str) -> Iterator[None]:
     """Launchers made meanwhile run `extra` first. Raises `Absent` when the client has no such place any more."""
-    original: str = getattr(client, "_BOOT", "")
+    original: str = getattr(client, "BOOT", "")
     path, _, rest = original.partition(";from ")
     if not rest:
         raise Absent("the launcher's boot line is not as this benchmark knows it")
-    client._BOOT = f"{path};exec({extra!r});from {rest}"
+    client.BOOT = f"{path};exec({extra!r});from {rest}"
     try:
         yield
     finally:
-        client._BOOT = original
+        client.BOOT = original
 
 
 def expect(output: bytes, token: bytes) -> None:
