@@ -117,10 +117,48 @@ class ScaffoldConfig(Config):
 class RewardConfig(Config):
     """How a TestReport becomes a number.
 
-    name: a short name or a dotted path to `function(report) -> float | None`.
+    name: a short name or a dotted path to `function(report) -> float`.
+    options: handed to the reward as keyword arguments; the reward documents them.
+    memo: keep verdicts by image and patch, and do not run the tests again for a patch that was graded before.
     """
 
     name: str = "binary"
+    options: dict[str, Any] = field(default_factory=dict)
+    memo: bool = False
+
+
+@dataclass
+class GradingConfig(Config):
+    """How tests judge a patch.
+
+    mode: `protected`: original tests and runner configuration, results on a channel of their own, canaries. `official`:
+        the dataset's own procedure, byte for byte; the patch can forge its log.
+    rules: whose rules `official` follows where they differ: SWE-bench `4.1` or `5.0`.
+    patch: how it is applied: `strict`; `fuzzy`: context may have moved or changed a little; `three_way`: merged with
+        the blobs that it names.
+    retries: how often a pass-to-pass test that fails is run again alone before it counts; `protected` only.
+    """
+
+    mode: str = "protected"
+    rules: str = "4.1"
+    patch: str = "strict"
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in _GRADING.items():
+            if getattr(self, name) not in known:
+                words = ", ".join(f"`{word}`" for word in known)
+                raise InputError(f"`grading.{name}={getattr(self, name)}` must be one of {words}")
+        if self.retries < 0:
+            raise InputError(f"`grading.retries={self.retries}` must be 0 or above")
+
+
+_GRADING = {
+    "mode": ("protected", "official"),
+    "rules": ("4.1", "5.0"),
+    "patch": ("strict", "fuzzy", "three_way"),
+}
 
 
 @dataclass
@@ -256,8 +294,6 @@ class ClusterConfig(Config):
 class EnvConfig(Config):
     """All that the Env needs.
 
-    grading: `official`: the dataset's own command on its own test files, read from the log. `protected`, with
-        what keeps a patch from forging that log, does not exist yet and is refused rather than pretended.
     out: run directory; the logs of nodes and workers and our own Ray's temporary files go below it.
         Empty: below the cache, removed at the end.
     """
@@ -266,7 +302,7 @@ class EnvConfig(Config):
     tasks: TasksConfig = field(default_factory=TasksConfig)
     scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    grading: str = "official"
+    grading: GradingConfig = field(default_factory=GradingConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -275,16 +311,12 @@ class EnvConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.out = _absolute(self.out) if self.out else ""
-        if self.grading == "protected":
-            raise InputError("`grading=protected` does not exist yet", hint="grading=official")
-        if self.grading != "official":
-            raise InputError(f"`grading={self.grading}` must be `official`")
 
 
 def make_config(given: Any) -> EnvConfig:
     """The config from what SkyRL, Hydra or a caller has: EnvConfig, dataclass, DictConfig, dict or None.
 
-    Where a section has a `name` or `kind`, that alone may stand for it (`scaffold: gold`). Raises
+    Where a section has a `name`, `kind` or `mode`, that alone may stand for it (`scaffold: gold`). Raises
     `InputError` that names an unknown key, and near or known ones.
     """
     return given if isinstance(given, EnvConfig) else build(EnvConfig, given, "")
@@ -295,7 +327,7 @@ def build(cls: type[C], given: Any, path: str) -> C:
     if isinstance(given, cls):
         return given
     names = [item.name for item in dataclasses.fields(cls)]
-    if isinstance(given, str) and names[0] in ("name", "kind"):
+    if isinstance(given, str) and names[0] in ("name", "kind", "mode"):
         given = {names[0]: given}
     data = _mapping(given, path)
     for key in data:

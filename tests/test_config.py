@@ -91,8 +91,7 @@ def test_paths_are_absolute_and_stores_elsewhere_are_left_alone(monkeypatch: pyt
         ({"sandbox": {"core": "big"}}, "`sandbox.core=big` is not a size", "`sandbox.core=4GiB`"),
         ({"cluster": "slurm"}, "`cluster.kind=slurm` must be `ray` or `local`", ""),
         ({"cluster": {"workers": True}}, "`cluster.workers=True` must be a whole number", ""),
-        ({"grading": "kind"}, "`grading=kind` must be `official`", ""),
-        ({"grading": "protected"}, "`grading=protected` does not exist yet", "grading=official"),
+        ({"grading": "kind"}, "`grading.mode=kind` must be one of `protected`, `official`", ""),
     ],
 )
 def test_a_mistake_names_the_key_and_the_way_out(given: Any, message: str, hint: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PLUGINS = ("tasks", "scaffold", "policy", "reward")
 """Groups whose choice may also be a dotted path, by the one plug-in rule."""
-OPEN = re.compile(r"scaffold\.options\.")
+OPEN = re.compile(r"(scaffold|reward)\.options\.")
 """Keys that are the plug-in's own and not ours to know."""
 
 

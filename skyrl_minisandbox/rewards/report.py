@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.parsers import PASSING
+
+
+@dataclasses.dataclass(frozen=True)
+class Canary:
+    """A test of random name and body that was hidden among the real ones for one run.
+
+    must: "pass" or "fail". verdict: what it came out as, "" when nothing was told of it.
+    """
+
+    name: str
+    must: str
+    verdict: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether it came out as it must."""
+        return self.verdict in (("PASSED",) if self.must == "pass" else ("FAILED", "ERROR"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +44,12 @@ class TestReport:
     error: one line of why it is not resolved, empty when it is.
     sandbox_died: the sandbox ended under the tests. The patch ran in it, so it is scored; a caller may repeat
         the grading once, elsewhere, before it believes it.
+    grading: the mode, `protected` or `official`.
+    canaries: those of the first run; none in `official` mode.
+    retries: for each test that was run again, its verdict in every run, the first included.
+    dropped: tests of the lists that validation found to be flaky: they decide nothing.
+    restored: files of the patch that steer the test runner and were put back as the image has them.
+    notes: what a reader should know beside: a runner without a channel, a cross-check that could not be made.
     """
 
     __test__ = False  # not a test class, whatever pytest makes of the name
@@ -41,6 +64,12 @@ class TestReport:
     exit_code: int | None = None
     error: str = ""
     sandbox_died: bool = False
+    grading: str = "official"
+    canaries: Sequence[Canary] = ()
+    retries: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    dropped: Sequence[str] = ()
+    restored: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def resolved(self) -> bool:
@@ -63,12 +92,17 @@ class TestReport:
         data["outcome"] = self.outcome.value
         for key in ("tests", "fail_to_pass", "pass_to_pass"):
             data[key] = dict(data[key])
+        for key in ("dropped", "restored", "notes"):
+            data[key] = list(data[key])
+        data["retries"] = {name: list(verdicts) for name, verdicts in self.retries.items()}
+        data["canaries"] = [dataclasses.asdict(canary) for canary in self.canaries]
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TestReport:
         """Raises `ValueError` for an unknown outcome, `TypeError` for unknown fields."""
-        return cls(**{**data, "outcome": Outcome(data["outcome"])})
+        canaries = tuple(Canary(**canary) for canary in data.get("canaries", ()))
+        return cls(**{**data, "outcome": Outcome(data["outcome"]), "canaries": canaries})
 
 
 def passed(names: tuple[str, ...], tests: Mapping[str, str]) -> dict[str, bool]:

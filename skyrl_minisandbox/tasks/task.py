@@ -19,9 +19,12 @@ class Tests(_Frozen):
     patch: unified diff that brings the hidden tests; applied on top of the image's own files.
     files: every path that `patch` touches, relative to the workdir; restored from the image first.
     command: shell command, run in the workdir of a fresh sandbox.
-    parser: name of the log parser that reads the command's output (`pytest`, `django`, `sympy`).
+    parser: name of the log parser that reads the command's output (`pytest`, `unittest`, `django`, `sympy`).
+    runner: what the command runs: `pytest`, `unittest`, `django`, `sympy`, or `command` for anything else.
+        Empty: that of the parser's name.
     fail_to_pass, pass_to_pass: whole test names as the parser gives them.
-    timeout: seconds for the command.
+    flaky: names that validation found to come out now so, now so; they are in neither list and decide nothing.
+    timeout: seconds for the command. test_timeout: seconds for each test; None: no bound of its own.
     """
 
     __test__ = False  # not a test class, whatever pytest makes of the name
@@ -30,9 +33,12 @@ class Tests(_Frozen):
     files: tuple[str, ...]
     command: str
     parser: str = "pytest"
+    runner: str = ""
     fail_to_pass: tuple[str, ...]
     pass_to_pass: tuple[str, ...]
+    flaky: tuple[str, ...] = ()
     timeout: float = 300.0
+    test_timeout: float | None = None
 
 
 class PublicTask(_Frozen):

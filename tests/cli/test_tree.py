@@ -88,7 +88,7 @@ def test_the_surface_s_keys_do_what_they_say(tmp_path: Path) -> None:
     assert env.images.pythons == ["/opt/pythons"]
     assert (env.tasks.name, env.tasks.ids, env.tasks.repos) == ("swebench", ["django__django-1", "b"], "/repos")
     assert (env.cluster.kind, env.cluster.nodes) == ("local", 3)
-    assert (env.scaffold.name, env.reward.name, env.grading, settings.seed) == ("gold", "binary", "official", 7)
+    assert (env.scaffold.name, env.reward.name, env.grading.mode, settings.seed) == ("gold", "binary", "official", 7)
     assert settings.policy["base_url"] == "http://localhost:1/v1"
 
 
