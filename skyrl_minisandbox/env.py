@@ -154,6 +154,7 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
             task=task,
             scaffold=config.scaffold,
             reward=config.reward.name,
+            grading=config.grading,
             limits=config.sandbox.limits(),
             allow_degraded=tuple(config.sandbox.allow_degraded),
             on_disk=config.sandbox.upper == "disk",

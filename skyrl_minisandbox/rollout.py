@@ -25,7 +25,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from skyrl_minisandbox.config import RolloutConfig, ScaffoldConfig
+from skyrl_minisandbox.config import GradingConfig, RolloutConfig, ScaffoldConfig
 from skyrl_minisandbox.errors import (
     InputError,
     MiniSandboxError,
@@ -72,6 +72,7 @@ class RolloutRequest:
     task: Task
     scaffold: ScaffoldConfig
     reward: str = "binary"
+    grading: GradingConfig = dataclasses.field(default_factory=GradingConfig)
     limits: Limits = dataclasses.field(default_factory=Limits)
     allow_degraded: tuple[str, ...] = ()
     bounds: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
@@ -315,7 +316,7 @@ class Rollout:
         started = time.monotonic()
         watchdog.start()
         try:
-            report = grade(task, patch, self._open_sandbox)
+            report = grade(task, patch, self._open_sandbox, grading=self.request.grading)
         except SandboxGone:
             if late.is_set():
                 raise NodeError(f"grading task {task.id} took more than {limit:g} s") from None

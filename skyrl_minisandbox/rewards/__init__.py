@@ -11,9 +11,9 @@ from skyrl_minisandbox.plugins import load_plugin
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.grade import grade
 from skyrl_minisandbox.rewards.patch import patch_from_upper
-from skyrl_minisandbox.rewards.report import TestReport
+from skyrl_minisandbox.rewards.report import Canary, TestReport
 
-__all__ = ["Outcome", "TestReport", "grade", "load_reward", "patch_from_upper"]
+__all__ = ["Canary", "Outcome", "TestReport", "grade", "load_reward", "patch_from_upper"]
 
 Reward = Callable[[TestReport | None], float | None]
 

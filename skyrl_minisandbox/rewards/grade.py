@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from skyrl_minisandbox.config import GradingConfig
 from skyrl_minisandbox.errors import SandboxError, SandboxGone, StoreError, TaskError
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.parsers import load_parser
@@ -61,6 +62,7 @@ def grade(
     patch: str,
     open_sandbox: Callable[[], Sandbox],
     *,
+    grading: GradingConfig | None = None,
     run_empty: bool = False,
     timeout: float | None = None,
 ) -> TestReport:

@@ -101,8 +101,12 @@ class TestReport:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TestReport:
         """Raises `ValueError` for an unknown outcome, `TypeError` for unknown fields."""
-        canaries = tuple(Canary(**canary) for canary in data.get("canaries", ()))
-        return cls(**{**data, "outcome": Outcome(data["outcome"]), "canaries": canaries})
+        given: dict[str, Any] = {**data, "outcome": Outcome(data["outcome"])}
+        given["canaries"] = tuple(Canary(**canary) for canary in data.get("canaries", ()))
+        given["retries"] = {name: tuple(verdicts) for name, verdicts in data.get("retries", {}).items()}
+        for key in ("dropped", "restored", "notes"):
+            given[key] = tuple(data.get(key, ()))
+        return cls(**given)
 
 
 def passed(names: tuple[str, ...], tests: Mapping[str, str]) -> dict[str, bool]:
