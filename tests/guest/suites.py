@@ -24,9 +24,13 @@ _TOTAL = 150 * 60.0
 def run(kernel: str, arguments: Sequence[str], out: Path, accelerators: Sequence[str] = ()) -> int:
     """Boot once, run every way, print a summary; 0 when each ran and passed.
 
-    arguments: of pytest, instead of the two directories and the fast tier.
+    arguments: of pytest. Without a file or directory among them, the two directories; without a tier, the fast one.
     """
-    chosen = tuple(arguments) or ("--tier=fast", "tests/sandbox", "tests/security")
+    chosen = tuple(arguments)
+    if not any(Path(argument.partition("::")[0]).exists() for argument in arguments):
+        chosen += ("tests/sandbox", "tests/security")
+    if not any(argument.startswith("--tier") for argument in arguments):
+        chosen = ("--tier=fast", *chosen)
     runs = []
     for name, who, place, must in _WAYS:
         # tests/sandbox/test_as_a_user.py is the run `user` here.
