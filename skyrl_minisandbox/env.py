@@ -87,7 +87,8 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
     def step(self, action: str) -> BaseTextEnvStepOutput:
         """Hand the model's text over; the scaffold's next messages, or the end with its reward.
 
-        `metadata` at the end: `record` (the line of results.jsonl), `patch`, `tests`, `log`, `trajectory`.
+        `metadata` at the end: `record` (the line of results.jsonl), `patch`, `tests`, `log`, `report` (the whole
+        TestReport as JSON, None when nothing was graded), `trajectory`.
         """
         self.turns += 1
         if self.finished is None:

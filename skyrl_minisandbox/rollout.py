@@ -87,6 +87,7 @@ class Finished:
 
     patch: what was graded; empty when nothing was.
     tests: test name -> verdict as the parser gives them. log: the tail of the tests' output.
+    report: the whole TestReport as JSON, with that log; None when nothing was graded.
     trajectory: JSON-able; holds nothing of the hidden tests or the gold patch.
     history_divergence: messages that the scaffold took back although the trainer keeps them.
     """
@@ -95,6 +96,7 @@ class Finished:
     patch: str = ""
     tests: dict[str, str] = dataclasses.field(default_factory=dict)
     log: str = ""
+    report: dict[str, Any] | None = None
     trajectory: dict[str, Any] = dataclasses.field(default_factory=dict)
     history_divergence: int = 0
 
@@ -374,13 +376,17 @@ class Rollout:
             "messages": list(self._conversation),
             "scaffold_trajectory": self._submission.trajectory if self._submission is not None else None,
         }
+        whole = None
+        if report is not None:
+            whole = dataclasses.replace(report, log=report.log[-LOG_KEPT:]).to_json()
         self._turn = Turn(
             [],
             Finished(
                 record,
                 patch=patch,
-                tests={name: str(verdict) for name, verdict in report.tests.items()} if report else {},
-                log=report.log[-LOG_KEPT:] if report else "",
+                tests=whole["tests"] if whole else {},  # the same objects: they are pickled once
+                log=whole["log"] if whole else "",
+                report=whole,
                 trajectory=trajectory,
                 history_divergence=self._policy.history_divergence,
             ),

@@ -3,7 +3,7 @@
     results.jsonl         a line for each rollout: the RolloutRecord
     predictions.jsonl     the patches in SWE-bench's format
     trajectories/ID.json  what the scaffold and the policy said; nothing of the hidden tests
-    grades/ID.json        verdict of each test, and the end of the log
+    grades/ID.json        the record with its TestReport: each test, canaries, retries, the end of the log
     config.yaml           the whole configuration
     driver.log, logs/     what this process and those of the nodes had to say
 
@@ -68,11 +68,7 @@ class RunDirectory:
             "metrics": dict(metrics),
             "trajectory": metadata.get("trajectory", {}),
         }
-        graded = {
-            **record.to_json(),
-            "tests": dict(metadata.get("tests", {})),
-            "log": metadata.get("log", ""),
-        }
+        graded = grade_json(record, metadata.get("report"))
         assert self._results is not None and self._predictions is not None
         try:
             for directory, data in (("trajectories", said), ("grades", graded)):
@@ -102,6 +98,11 @@ class RunDirectory:
         results = self.path / "results.jsonl"
         if self._new and results.exists() and not results.stat().st_size:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def grade_json(record: RolloutRecord, report: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a `grades/ID.json` holds. report: `TestReport.to_json()`, None when nothing was graded."""
+    return {**record.to_json(), "report": None if report is None else dict(report)}
 
 
 def check_unused(path: Path) -> None:
