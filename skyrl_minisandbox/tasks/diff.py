@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
+
+FILE = re.compile(r"^diff --git (?:a/(?P<old>.+) b/(?P<new>.+))$", re.MULTILINE)
+"""The line of a git patch that begins a file."""
 
 NO_NEWLINE = "\\ No newline at end of file\n"
 
@@ -93,3 +97,9 @@ def _lines(path: str, file: File | None) -> list[str]:
     lines = text.split("\n")
     ended = [line + "\n" for line in lines[:-1]]
     return ended + ([lines[-1]] if lines[-1] else [])
+
+
+def changed_files(patch: str) -> tuple[str, ...]:
+    """Every path that a git patch touches, in its order; of a renamed file both."""
+    paths = [path for match in FILE.finditer(patch) for path in (match["old"], match["new"])]
+    return tuple(dict.fromkeys(paths))

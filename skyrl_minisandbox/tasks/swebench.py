@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from skyrl_minisandbox.errors import InputError, TaskError
 from skyrl_minisandbox.images.recipe import GitCommit, Recipe
+from skyrl_minisandbox.tasks.diff import FILE, changed_files
 from skyrl_minisandbox.tasks.environments import environment
 from skyrl_minisandbox.tasks.family import FamilyOptions, TaskMaker
 from skyrl_minisandbox.tasks.rows import names_of, parse_row
@@ -26,7 +26,6 @@ INDEX_CUTOFF = "2024-10-20"
 _HINT = "rows have the columns of princeton-nlp/SWE-bench_Verified"
 _PARSERS = {"django/django": "django", "sympy/sympy": "sympy"}
 _NO_TESTS = (".json", ".png", "csv", ".txt", ".md", ".jpg", ".jpeg", ".pkl", ".yml", ".yaml", ".toml")
-_FILE = re.compile(r"^diff --git (?:a/(?P<old>.+) b/(?P<new>.+))$", re.MULTILINE)
 
 
 def _text(value: Any) -> Any:
@@ -179,15 +178,9 @@ def find_clone(repos: Path | None, repo: str) -> str:
     return str((repos / stems[0]).absolute())
 
 
-def changed_files(patch: str) -> tuple[str, ...]:
-    """Every path that a git patch touches, in its order; of a renamed file both."""
-    paths = [path for match in _FILE.finditer(patch) for path in (match["old"], match["new"])]
-    return tuple(dict.fromkeys(paths))
-
-
 def test_targets(repo: str, test_patch: str) -> tuple[str, ...]:
     """What SWE-bench appends to the test command: the patch's files that may be tests; modules for Django."""
-    targets = [match["new"] for match in _FILE.finditer(test_patch)]
+    targets = [match["new"] for match in FILE.finditer(test_patch)]
     targets = [path for path in targets if not path.endswith(_NO_TESTS)]
     if repo == "django/django":
         targets = [path.removesuffix(".py").removeprefix("tests/").replace("/", ".") for path in targets]

@@ -12,8 +12,9 @@ import pytest
 from skyrl_minisandbox.errors import InputError, TaskError
 from skyrl_minisandbox.images.recipe import GitCommit
 from skyrl_minisandbox.tasks import Task, load_tasks
+from skyrl_minisandbox.tasks.diff import changed_files
 from skyrl_minisandbox.tasks.environments import FACTS, environment
-from skyrl_minisandbox.tasks.swebench import changed_files, test_targets
+from skyrl_minisandbox.tasks.swebench import test_targets
 
 PATCH = "diff --git a/{0} b/{0}\n--- a/{0}\n+++ b/{0}\n@@ -1 +1 @@\n-a\n+b\n"
 ROW: dict[str, Any] = {
