@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import IO
 
 from skyrl_minisandbox.errors import StoreError
-from skyrl_minisandbox.rewards.grade import GIT, GIT_ENV
+from skyrl_minisandbox.rewards.apply import GIT, GIT_ENV
 from skyrl_minisandbox.sandbox import Sandbox
 
 LARGEST_PATCH = 32 << 20
