@@ -74,13 +74,20 @@ def halt(box: Box) -> None:
             return
 
 
+def open_up(directory: Path) -> None:
+    """So that a plain user can remove it, whatever modes came along."""
+    directory.chmod(0o700)
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            open_up(entry)
+
+
 def get(box: Box) -> None:
     try:
         transfer.get_tree(box, "/testbed", TARGET, 1 << 16, 50)
     finally:
         if TARGET.is_dir() and not TARGET.is_symlink():
-            for directory, _, _ in os.walk(TARGET):
-                os.chmod(directory, 0o700)
+            open_up(TARGET)
             shutil.rmtree(TARGET, ignore_errors=True)
         elif os.path.lexists(TARGET):
             TARGET.unlink()
