@@ -71,7 +71,8 @@ def test_the_machine_is_unharmed_by_stress(
     after = footprint.settled(before)
     print(after.table(before))
     assert after.more(before) == []
-    assert _broken() == broken
+    # Old lines may have left the kernel's log; new ones must not be in it.
+    assert set(_broken() or ()) <= set(broken or ())
     beside.close()
     with Sandbox(spec, launcher) as next_one:
         assert next_one.run("echo on").output == "on\n"
