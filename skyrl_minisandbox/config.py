@@ -86,6 +86,8 @@ class TasksConfig(Config):
     repos: directory with local clones of the repositories; empty: none are needed.
     base: `host` or `debian`, the base of the images.
     python: `3.12`: another interpreter than the tasks' own; empty: theirs.
+    validation: `validation.json` of `minisandbox validate`: only the tasks that passed, without their flaky
+        tests; empty: all, as the dataset has them.
     """
 
     name: str = "pypi"
@@ -94,11 +96,13 @@ class TasksConfig(Config):
     repos: str = ""
     base: str = "host"
     python: str = ""
+    validation: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.path = _absolute(self.path) if self.path else ""
-        self.repos = _absolute(self.repos) if self.repos else ""
+        for name in ("path", "repos", "validation"):
+            value = getattr(self, name)
+            setattr(self, name, _absolute(value) if value else "")
 
 
 @dataclass

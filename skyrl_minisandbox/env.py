@@ -291,6 +291,7 @@ def _task_by_id(config: EnvConfig, task_id: str) -> Task:
                 sources=Sources(Path(config.images.cache) / "sources"),
                 base=tasks.base,
                 python=tasks.python or None,
+                validation=tasks.validation or None,
             )
             _tasks[key] = found[0]
         return _tasks[key]

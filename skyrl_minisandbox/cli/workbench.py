@@ -61,6 +61,7 @@ class Workbench:
             base=chosen.base,
             python=chosen.python or None,
             path=chosen.path or None,
+            validation=chosen.validation or None,
         )
         if not tasks:
             raise InputError(f"tasks={chosen.name} has no tasks", hint="minisandbox tasks list")

@@ -14,6 +14,7 @@ from skyrl_minisandbox.images.sources import Sources
 from skyrl_minisandbox.plugins import load_plugin
 from skyrl_minisandbox.tasks.family import Family, FamilyOptions
 from skyrl_minisandbox.tasks.task import Task
+from skyrl_minisandbox.tasks.validation import passed_ids, read_validation, without_flaky
 
 FAMILIES = {
     "pypi": "skyrl_minisandbox.tasks.pypi:family",
@@ -33,6 +34,7 @@ def load_tasks(
     base: str | None = None,
     python: str | None = None,
     path: str | Path | None = None,
+    validation: str | Path | None = None,
 ) -> list[Task]:
     """Return the tasks of a source.
 
@@ -44,12 +46,11 @@ def load_tasks(
     base: base of the images, `host` or `debian`; None: what suits the family.
     python: `3.12`, another interpreter than the tasks' own; None: theirs.
     path: file or directory that the family reads; None: its own default.
+    validation: a `validation.json`: only the tasks that passed, without their flaky tests.
 
-    Raises `InputError` for an unknown id (it lists near ones), `PluginError` for an unknown source,
-    `TaskError` for a row that is not a task, and what `Sources` raises, with the task named.
+    Raises `InputError` for an unknown id (it lists near ones), or one that has not passed, `PluginError` for
+    an unknown source, `TaskError` for a row that is not a task, and what `Sources` raises, with the task named.
     """
-    export = "a function as `skyrl_minisandbox.tasks.family.Family` describes"
-    family: Family = load_plugin("task source", source, FAMILIES, export=export)
     options = FamilyOptions(
         sources=(lambda: sources) if sources is not None else _default_sources,
         base=base or None,
@@ -57,18 +58,37 @@ def load_tasks(
         path=Path(path) if path else None,
         repos=Path(repos) if repos else None,
     )
-    makers = family(options)
+    makers = _family(source)(options)
     chosen = list(dict.fromkeys(ids)) if ids else list(makers)
     unknown = [task_id for task_id in chosen if task_id not in makers]
     if unknown:
         raise _unknown_ids(source, unknown, list(makers))
+    rows = read_validation(Path(validation)) if validation else {}
+    if validation:
+        chosen = passed_ids(rows, chosen, asked=bool(ids), source=source)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="tasks") as pool:
         pending = [pool.submit(makers[task_id]) for task_id in chosen]
         try:
-            return [future.result() for future in pending]
+            tasks = [future.result() for future in pending]
         except BaseException:
             pool.shutdown(cancel_futures=True)  # one bad task is enough: do not make the others first
             raise
+    return [without_flaky(task, rows[task.id]) for task in tasks] if validation else tasks
+
+
+def task_ids(source: str, *, path: str | Path | None = None, validation: str | Path | None = None) -> list[str]:
+    """The ids of a source, in the dataset's order, without making the tasks.
+
+    path, validation: as for `load_tasks`, and the same errors.
+    """
+    ids = list(_family(source)(FamilyOptions(sources=_default_sources, path=Path(path) if path else None)))
+    return passed_ids(read_validation(Path(validation)), ids, asked=False, source=source) if validation else ids
+
+
+def _family(source: str) -> Family:
+    export = "a function as `skyrl_minisandbox.tasks.family.Family` describes"
+    family: Family = load_plugin("task source", source, FAMILIES, export=export)
+    return family
 
 
 @functools.cache

@@ -115,7 +115,7 @@ ALL_KEYS = "minisandbox VERB --help lists every key with its default"
         (
             ["tasks.idz=[a]"],
             "unknown key `tasks.idz`",
-            f"did you mean `tasks.ids` or `tasks.path` or `tasks.name`? {ALL_KEYS}",
+            f"did you mean `tasks.ids` or `tasks.validation` or `tasks.path`? {ALL_KEYS}",
         ),
         (["nodes=2"], "unknown key `nodes`", f"did you mean `cluster.nodes`? {ALL_KEYS}"),
         (["quux=1"], "unknown key `quux`", ALL_KEYS),
