@@ -46,11 +46,20 @@ def load_plugin(kind: str, name: str, known: Mapping[str, str], *, export: str) 
         ) from None
 
 
-def make_plugin(kind: str, name: str, factory: Any, config: Mapping[str, Any]) -> Any:
+def make_plugin(kind: str, name: str, factory: Any, config: Mapping[str, Any], *, under: str = "") -> Any:
     """Call `factory` with `config` as keyword arguments.
+
+    under: the key that they stand below, for messages; `kind` when empty.
 
     Raises `InputError` that lists the keys it knows, for one that it does not know or lacks.
     """
+    check_keys(kind, name, factory, config, under=under)
+    return factory(**config)
+
+
+def check_keys(kind: str, name: str, factory: Any, config: Mapping[str, Any], *, under: str = "") -> None:
+    """Raise the `InputError` of `make_plugin` without calling anything."""
+    under = under or kind
     parameters = inspect.signature(factory).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -58,13 +67,12 @@ def make_plugin(kind: str, name: str, factory: Any, config: Mapping[str, Any]) -
             if key not in known:
                 raise InputError(
                     f"{kind} `{name}` has no key `{key}`; known: {', '.join(sorted(known)) or 'none'}",
-                    hint=f"name one of these, or leave `{kind}.{key}` out",
+                    hint=f"name one of these, or leave `{under}.{key}` out",
                 )
     for parameter in parameters:
         needed = parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY
         if needed and config.get(parameter.name) is None:
             raise InputError(
                 f"{kind} `{name}` needs the key `{parameter.name}`",
-                hint=f"set `{kind}.{parameter.name}=...`",
+                hint=f"set `{under}.{parameter.name}=...`",
             )
-    return factory(**config)

@@ -48,6 +48,8 @@ class TestReport:
     canaries: those of the first run; none in `official` mode.
     retries: for each test that was run again, its verdict in every run, the first included.
     dropped: tests of the lists that validation found to be flaky: they decide nothing.
+    compiled: whether the Python files that the patch changes compile; None where it changes none, or where nobody
+        asked (`needs` of a reward).
     restored: files of the patch that steer the test runner and were put back as the image has them.
     notes: what a reader should know beside: a runner without a channel, a cross-check that could not be made.
     """
@@ -68,6 +70,7 @@ class TestReport:
     canaries: Sequence[Canary] = ()
     retries: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     dropped: Sequence[str] = ()
+    compiled: bool | None = None
     restored: Sequence[str] = ()
     notes: Sequence[str] = ()
 

@@ -36,5 +36,7 @@ def load_scaffold(name: str, **config: Any) -> Scaffold:
     `config`.
     Raises `PluginError` for an unknown name, `InputError` for an unknown key or a missing extra.
     """
-    scaffold: Scaffold = make_plugin("scaffold", name, scaffold_class(name), config)
+    scaffold: Scaffold = make_plugin(
+        "scaffold", name, scaffold_class(name), config, under="scaffold.options"
+    )
     return scaffold
