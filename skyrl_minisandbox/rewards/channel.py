@@ -1,0 +1,200 @@
+"""A way for results that the tests' output cannot write: a reporter inside the runner, and its file.
+
+The reporter is loaded by the environment's own Python without a change of the task's command: pytest finds an entry
+point, the other runners a `.pth` file. The first process that begins a run takes the channel and removes what loads
+it, so that a runner which tests start finds nothing.
+
+Whatever can run in that process can also write the file. So everything that is read here is what the tested code
+may have made of it, and canaries tell whether it is to be believed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from skyrl_minisandbox.errors import SandboxGone, StoreError
+from skyrl_minisandbox.rewards.parsers import VERDICTS
+from skyrl_minisandbox.sandbox import Sandbox
+
+_INSIDE = Path(__file__).with_name("inside")
+_REPORTERS = {"pytest": "pytest_reporter"}
+
+MOST_BYTES = 64 << 20
+"""Of a results file; 200 000 tests take about 50 MB."""
+_LONGEST_LINE = 1 << 20
+_MOST_RECORDS = 2_000_000
+_PLACE_TIMEOUT = 60.0
+
+# $1: a directory for the results. Prints where a file is found by the Python that the tests run on: the image's
+# environment; else what the first Python on PATH says, and the environments that published images use.
+_FIND = r"""
+mkdir -m 1777 -p -- "$1" || exit 1
+shopt -s nullglob
+found=(/opt/env/lib/python*/site-packages)
+if [[ ${#found[@]} -eq 0 ]]; then
+  found=(/opt/miniconda3/envs/testbed/lib/python*/site-packages "$PWD"/.venv/lib/python*/site-packages)
+  for python in python python3; do
+    path=$(command -v "$python") || continue
+    found+=("$("$path" -I -c 'import site; print(site.getsitepackages()[0])')")
+  done
+fi
+printf '%s\n' "${found[@]}" | sort -u
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What the channel told; all of it may be the tested code's invention.
+
+    tests: verdict (a word of `parsers.VERDICTS`) by every name that the log may give a test.
+    asked: names collected before the first test began; None when that was not told.
+    finished: the runner came to its end.
+    timed_out: the test that ran longer than it may, "" when none did.
+    changed: functions of the runner that were replaced while tests ran.
+    """
+
+    tests: dict[str, str] = dataclasses.field(default_factory=dict)
+    asked: frozenset[str] | None = None
+    finished: bool = False
+    timed_out: str = ""
+    changed: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """A channel in place. path: of the results file inside."""
+
+    path: str
+
+    def read(self, sandbox: Sandbox) -> Results:
+        """What was told so far; nothing where nothing can be read. Raises `SandboxGone`."""
+        try:
+            data = sandbox.read_file(self.path, limit=MOST_BYTES)
+        except OSError:  # no run began, or the tests removed it, made it something else or filled it up
+            return Results()
+        return parse(data)
+
+
+def place(
+    sandbox: Sandbox,
+    runner: str,
+    *,
+    python: str | None,
+    workdir: str,
+    only: Sequence[str] = (),
+    test_timeout: float | None = None,
+) -> Channel | None:
+    """Have the next run of `runner` in `sandbox` report; None for a runner without a reporter.
+
+    python: the environment's version (`3.9`) where the image has one; None: found inside.
+    only: run nothing but the tests of these names. test_timeout: seconds for each test.
+
+    Raises `SandboxGone`, and `StoreError` where the sandbox's own files cannot be written: nothing of the patch has
+    run yet.
+    """
+    if runner not in _REPORTERS:
+        return None
+    word = "m" + secrets.token_hex(6)
+    directory = f"/var/lib/{secrets.token_hex(6)}"
+    path = f"{directory}/{secrets.token_hex(6)}"
+    found = sandbox.run(["bash", "-c", _FIND, "find", directory], cwd=workdir, timeout=_PLACE_TIMEOUT)
+    places = [line for line in found.stdout.decode(errors="replace").split("\n") if line.startswith("/")]
+    if python is not None:
+        places = [one for one in places if f"/python{python}/" in one] or places
+    if found.exit_code != 0 or not places:
+        raise StoreError(f"no place for the reporter of {runner} in the sandbox: {found.output.strip()[-300:]}")
+    files: list[tuple[str, str]] = []
+    remove: list[str] = []
+    directories: list[str] = []
+    for site in places:
+        loader = f"{site}/{word}-1.0.dist-info"
+        files.append((f"{loader}/METADATA", f"Metadata-Version: 2.1\nName: {word}\nVersion: 1.0\n"))
+        files.append((f"{loader}/entry_points.txt", f"[pytest11]\n{word} = {word}\n"))
+        directories.append(loader)
+        remove += [f"{loader}/*", f"{site}/{word}.py", f"{site}/__pycache__/{word}.*"]
+    settings = {
+        "results": path,
+        "remove": remove,
+        "remove_directories": directories,
+        "only": list(only),
+        "test_timeout": test_timeout,
+        "workdir": workdir,
+    }
+    files += [(f"{site}/{word}.py", program(runner, word, settings)) for site in places]
+    try:
+        for name, text in files:
+            sandbox.write_file(name, text.encode("utf-8", "surrogatepass"))
+    except SandboxGone:
+        raise
+    except OSError as error:
+        raise StoreError(f"the reporter of {runner} cannot be written into the sandbox: {error}") from error
+    return Channel(path)
+
+
+def program(runner: str, module: str, settings: dict[str, Any]) -> str:
+    """The text of the module that is loaded inside."""
+    parts = [(_INSIDE / f"{name}.py").read_text("utf-8") for name in ("ledger", _REPORTERS[runner])]
+    start = f"pytest_load_initial_conftests = reporter(Ledger({settings!a}), {module!r})\n"
+    return "\n\n".join([*parts, start])
+
+
+def parse(data: bytes) -> Results:
+    """The records of a results file; what is malformed ends it."""
+    # The first of a test's names is its own alone. Several tests may share another: the last has it, as in a log.
+    first: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    asked: set[str] = set()
+    changed: dict[str, None] = {}
+    collected = finished = False
+    timed_out = ""
+    for number, line in enumerate(data.split(b"\n")):
+        record = _record(line) if number < _MOST_RECORDS and len(line) <= _LONGEST_LINE else None
+        if record is None:
+            break
+        kind, fields = record[0], record[1:]
+        if kind == "asked":
+            asked.update(fields)
+        elif kind == "collected":
+            collected = True
+        elif kind == "ran" and len(fields) > 1 and fields[0] in VERDICTS:
+            verdict, *names = fields
+            first[names[0]] = _worse(first.get(names[0]), verdict)
+            owner.update(dict.fromkeys(names, names[0]))
+        elif kind == "timeout" and fields:
+            timed_out = timed_out or fields[0]
+        elif kind == "changed" and fields:
+            changed[fields[0]] = None
+        elif kind == "finished":
+            finished = True
+        else:
+            break
+    return Results(
+        tests={name: first[key] for name, key in owner.items()},
+        asked=frozenset(asked) if collected else None,
+        finished=finished,
+        timed_out=timed_out,
+        changed=tuple(changed),
+    )
+
+
+def _record(line: bytes) -> list[str] | None:
+    """A list of texts, the first of which is its kind; None for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(record, list) and record and all(isinstance(field, str) for field in record):
+        return record
+    return None
+
+
+_WORST_FIRST = ("ERROR", "FAILED", "XPASS", "SKIPPED", "XFAIL", "PASSED")
+
+
+def _worse(old: str | None, new: str) -> str:
+    return new if old is None or _WORST_FIRST.index(new) < _WORST_FIRST.index(old) else old

@@ -1,0 +1,153 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""A pytest plug-in that reports over the results file. pytest 4 to 9.
+
+Loaded by an entry point before any conftest; the first process that is about to collect and run takes the file.
+"""
+
+DECISIVE = (
+    "_pytest.python:Function.runtest",
+    "_pytest.python:pytest_pyfunc_call",
+    "_pytest.unittest:TestCaseFunction.runtest",
+    "_pytest.unittest:TestCaseFunction.addError",
+    "_pytest.unittest:TestCaseFunction.addFailure",
+    "_pytest.runner:pytest_runtest_protocol",
+    "_pytest.runner:runtestprotocol",
+    "_pytest.runner:call_and_report",
+    "_pytest.runner:call_runtest_hook",
+    "_pytest.runner:pytest_runtest_setup",
+    "_pytest.runner:pytest_runtest_call",
+    "_pytest.runner:pytest_runtest_teardown",
+    "_pytest.runner:pytest_runtest_makereport",
+    "_pytest.runner:CallInfo.from_call",
+    "_pytest.runner:CallInfo.__init__",
+    "_pytest.reports:TestReport.__init__",
+    "_pytest.reports:TestReport.from_item_and_call",
+    "_pytest.reports:BaseReport.passed",
+    "_pytest.reports:BaseReport.failed",
+    "_pytest.reports:BaseReport.skipped",
+    "_pytest.skipping:pytest_runtest_makereport",
+    "_pytest.main:pytest_runtestloop",
+    "_pytest.main:Session.perform_collect",
+    "pluggy.hooks:_HookCaller.__call__",
+    "pluggy._hooks:_HookCaller.__call__",
+    "pluggy._hooks:HookCaller.__call__",
+    "pluggy.callers:_multicall",
+    "pluggy._callers:_multicall",
+    "pluggy.manager:PluginManager._hookexec",
+    "pluggy._manager:PluginManager._hookexec",
+)
+
+
+def reporter(ledger, module_name):
+    """The hook by which it begins."""
+    import pytest
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(early_config):
+        options = early_config.known_args_namespace
+        idle = ("collectonly", "help", "version", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
+        if ledger.claimed or any(getattr(options, name, None) for name in idle) or not ledger.claim():
+            return
+        manager = early_config.pluginmanager
+        try:  # the header of the log names no plug-in that the image does not have
+            manager._plugin_distinfo[:] = [
+                pair for pair in manager._plugin_distinfo if getattr(pair[0], "__name__", "") != module_name
+            ]
+        except AttributeError:
+            pass
+        manager.register(_plugin(ledger, early_config))
+
+    return pytest_load_initial_conftests
+
+
+def _plugin(ledger, config):
+    import os
+    import sys
+
+    import pytest
+
+    workdir = os.path.realpath(ledger.settings["workdir"])
+    runner = os.path.realpath(sys.modules["_pytest"].__file__ or workdir)
+    # Where pytest is what is being tested, its tests may do with it as they like.
+    differences = snapshot(() if runner.startswith(workdir + os.sep) else DECISIVE)  # type: ignore[name-defined]  # noqa: F821
+    worse_of = worse  # type: ignore[name-defined]  # noqa: F821
+    only = frozenset(ledger.settings["only"])
+    cut = tuple(name for name in only if "[" in name and not name.endswith("]"))
+    write, watch = ledger.write, ledger.watch
+    told = set()
+    verdicts = {}
+
+    def names(nodeid):
+        """As the results name it, and as the log does where pytest was started below its root directory."""
+        shown = config.cwd_relative_nodeid(nodeid)
+        return [nodeid] if shown == nodeid else [nodeid, shown]
+
+    def compare():
+        for name in differences():
+            if name not in told:
+                told.add(name)
+                write(["changed", name])
+
+    def wanted(item):
+        return any(name in only or (cut and name.startswith(cut)) for name in names(item.nodeid))
+
+    class Plugin(object):  # noqa: UP004
+        @pytest.hookimpl(trylast=True)
+        def pytest_collection_modifyitems(self, items):
+            if only:
+                others = [item for item in items if not wanted(item)]
+                items[:] = [item for item in items if wanted(item)]
+                if others:
+                    config.hook.pytest_deselected(items=others)
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_collection_finish(self, session):
+            write(*[["asked", *names(item.nodeid)] for item in session.items], ["collected"])
+
+        @pytest.hookimpl(optionalhook=True)
+        def pytest_xdist_node_collection_finished(self, ids):
+            write(*[["asked", *names(nodeid)] for nodeid in ids], ["collected"])
+
+        def pytest_collectreport(self, report):
+            if report.failed and report.nodeid:
+                write(["asked", *names(report.nodeid)], ["ran", "ERROR", *names(report.nodeid)])
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_protocol(self, item):
+            watch(item.nodeid)
+
+        def pytest_runtest_logfinish(self):
+            watch(None)
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_runtest_logreport(self, report):
+            verdict = _verdict(report)
+            nodeid = report.nodeid
+            if verdict is not None:
+                verdicts[nodeid] = worse_of(verdicts.get(nodeid), verdict)
+            if report.when == "teardown":
+                last = verdicts.pop(nodeid, None)
+                if last is not None:
+                    write(["ran", last, *names(nodeid)])
+                compare()
+            elif verdict in ("FAILED", "ERROR"):  # what comes next may be the end of this process
+                write(["ran", verdict, *names(nodeid)])
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_sessionfinish(self):
+            watch(None)
+            compare()
+            write(["finished"])
+
+    return Plugin()
+
+
+def _verdict(report):
+    """The word of the log's summary; None for what decides nothing (a set-up that went well, a run to be repeated)."""
+    if report.failed:
+        return "FAILED" if report.when == "call" else "ERROR"
+    if report.skipped:
+        return "XFAIL" if hasattr(report, "wasxfail") else "SKIPPED"
+    if report.passed and report.when == "call":
+        return "XPASS" if hasattr(report, "wasxfail") else "PASSED"
+    return None
