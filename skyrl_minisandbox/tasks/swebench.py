@@ -24,7 +24,21 @@ INDEX_CUTOFF = "2024-10-20"
 """By then what the images' freezes leave open was resolved."""
 
 _HINT = "rows have the columns of princeton-nlp/SWE-bench_Verified"
-_PARSERS = {"django/django": "django", "sympy/sympy": "sympy"}
+_PARSERS = {
+    "astropy/astropy": "swebench-pytest-v2",
+    "django/django": "swebench-django",
+    "matplotlib/matplotlib": "swebench-matplotlib",
+    "mwaskom/seaborn": "swebench-seaborn",
+    "pallets/flask": "swebench-pytest",
+    "psf/requests": "swebench-pytest-options",
+    "pydata/xarray": "swebench-pytest",
+    "pylint-dev/pylint": "swebench-pytest-options",
+    "pytest-dev/pytest": "swebench-pytest",
+    "scikit-learn/scikit-learn": "swebench-pytest-v2",
+    "sphinx-doc/sphinx": "swebench-pytest-v2",
+    "sympy/sympy": "swebench-sympy",
+}
+_RUNNERS = {"django/django": "django", "sympy/sympy": "sympy"}
 _NO_TESTS = (".json", ".png", "csv", ".txt", ".md", ".jpg", ".jpeg", ".pkl", ".yml", ".yaml", ".toml")
 
 
@@ -152,7 +166,8 @@ class _Maker:
                 patch=row.test_patch,
                 files=files,
                 command=f"{env.test_command} {' '.join(test_targets(row.repo, row.test_patch))}".strip(),
-                parser=_PARSERS.get(row.repo, "pytest"),
+                parser=_PARSERS.get(row.repo, "swebench-pytest"),
+                runner=_RUNNERS.get(row.repo, "pytest"),
                 fail_to_pass=row.fail_to_pass,
                 pass_to_pass=row.pass_to_pass,
                 timeout=TIMEOUT,

@@ -57,7 +57,7 @@ def test_a_row_becomes_a_task(tmp_path: Path) -> None:
     assert task.tests.patch == ROW["test_patch"]
     assert task.tests.files == ("tests/test_blueprints.py",)
     assert task.tests.command == "pytest -rA tests/test_blueprints.py"
-    assert task.tests.parser == "pytest"
+    assert (task.tests.parser, task.tests.runner) == ("swebench-pytest", "pytest")
     assert task.tests.fail_to_pass == ("tests/test_blueprints.py::test_one[a b]",)
     assert task.tests.pass_to_pass == ("tests/test_blueprints.py::test_two",)
     recipe = task.recipe
@@ -191,7 +191,7 @@ def test_django_is_asked_for_modules_and_sympy_has_its_own_parser(tmp_path: Path
         test_patch=PATCH.format("tests/forms_tests/tests/test_validators.py") + PATCH.format("tests/forms_tests/a.txt"),
     )
     assert django.tests.command.endswith("--parallel 1 forms_tests.tests.test_validators")
-    assert django.tests.parser == "django"
+    assert (django.tests.parser, django.tests.runner) == ("swebench-django", "django")
     assert django.tests.files == ("tests/forms_tests/tests/test_validators.py", "tests/forms_tests/a.txt")
     sympy = load_one(tmp_path, repo="sympy/sympy", instance_id="sympy__sympy-20916", version="1.8")
     assert sympy.tests.parser == "sympy"
