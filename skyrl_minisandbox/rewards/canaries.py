@@ -1,0 +1,256 @@
+"""Canaries: tests of random name and body, hidden among the real ones for one graded run.
+
+The tested code runs in the process of the test runner and can make it report what it likes. What it cannot do is
+tell which tests must fail: some of the tests that it sees are ours, and one of them that passes gives it away. So a
+canary looks like the tests around it: its name is made of their words, its body mostly of what they call, it stands
+somewhere among them, and nothing that reaches the sandbox says which tests are canaries.
+
+A line that is put into a file moves those below it. Very few tests know their own line numbers; a file that looks as
+if it had one is used only when there is no other, and then nothing is put above existing code but into blank lines.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+from skyrl_minisandbox.rewards import canary_bodies
+from skyrl_minisandbox.rewards.canary_places import Place, find_places
+from skyrl_minisandbox.rewards.canary_words import Words
+from skyrl_minisandbox.tasks.task import Tests
+
+EACH = 2
+"""Canaries that must fail, and as many that must pass, in one run."""
+
+# A test that looks at the place of code in its file: these words, or its own line number as a number.
+_ASKS_FOR_LINES = re.compile(
+    r"lineno|getsource|findsource|getframeinfo|currentframe|_getframe|stacklevel|linecache|extract_stack|snapshot"
+)
+_NUMBER = re.compile(r"(?<![\w.])\d{1,6}(?![\w.])")
+_NEAR = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A canary and what it must come out as, `pass` or `fail`. names: what channel or log may call it."""
+
+    must: str
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """The test files that were changed, whole, by path, and what was put into them."""
+
+    sources: dict[str, str]
+    canaries: tuple[Planned, ...]
+
+
+def plant(runner: str, sources: Mapping[str, str], tests: Tests, rng: random.Random) -> Planted:
+    """Put canaries into test files.
+
+    runner: `pytest`, `unittest`, `django` or `sympy`; another has no canaries.
+    sources: text by path, relative to the workdir, of the test files as they will run.
+    tests: whose lists tell what is collected.
+
+    Where nothing can be planted (no listed test without parameters, a command that picks tests by name, files
+    that no Python 3 reads), `canaries` is empty. Never raises for what stands in a file.
+    """
+    garden = _Garden(runner, sources, tests, rng)
+    for must, place in garden.choose():
+        garden.put(must, place)
+    return garden.planted()
+
+
+class _Garden:
+    def __init__(self, runner: str, sources: Mapping[str, str], tests: Tests, rng: random.Random) -> None:
+        self._runner = runner
+        self._rng = rng
+        self._files = {path: file for path, text in sources.items() if (file := _File.read(text)) is not None}
+        self._places = find_places(runner, {path: file.module for path, file in self._files.items()}, tests)
+        listed = {word for name in (*tests.pass_to_pass, *tests.fail_to_pass) for word in re.findall(r"\w+", name)}
+        self._taken = listed | {word for text in sources.values() for word in re.findall(r"\btest\w*", text)}
+        self._words: dict[str, Words] = {}
+        self._canaries: list[Planned] = []
+
+    def choose(self) -> list[tuple[str, Place]]:
+        """What must come out how in which place: spread over files, first where the hidden tests are."""
+        rng = self._rng
+        steady = [place for place in self._places if not self._files[place.path].knows_its_lines]
+        places = [place for place in steady or self._places if not place.costly] or steady or self._places
+        if not places:
+            return []
+        chosen: list[tuple[str, Place]] = []
+        for must in ("fail", "pass"):
+            order = rng.sample(places, len(places))
+            if must == "fail":
+                order.sort(key=lambda place: not place.wanted)
+            else:
+                # What a place's set-up does may be broken honestly; a plain function has none.
+                order.sort(key=lambda place: not place.passing)
+            spread: list[Place] = []
+            while len(spread) < EACH:
+                files = {place.path for place in spread}
+                fresh = [place for place in order if place.path not in files]
+                unused = [place for place in order if place not in spread]
+                spread.append((fresh or unused or order)[0])
+            chosen += [(must, place) for place in spread]
+        return chosen
+
+    def put(self, must: str, place: Place) -> None:
+        """One canary; none when no way of writing it leaves the rest of the file as it is."""
+        file = self._files[place.path]
+        words = self._words.get(place.path)
+        if words is None:
+            words = self._words[place.path] = Words.of(file.text, file.module, self._taken, self._rng)
+            self._taken = words.taken  # one set for all files: a bare name must mean one test
+        words.taken = self._taken
+        name = words.test_name()
+        method = place.tests[0].args.args[0].arg if place.cls is not None else ""
+        short = file.knows_its_lines
+        body = canary_bodies.write(words, self._rng, must, method, place.is_unittest, one_line=short)
+        if file.insert(place, name, method, body, self._rng):
+            self._canaries.append(Planned(must, _names(self._runner, place, name)))
+
+    def planted(self) -> Planted:
+        """The result. The order of the canaries says nothing."""
+        canaries = self._rng.sample(self._canaries, len(self._canaries))
+        changed = {path: file.new_text() for path, file in self._files.items() if file.added or file.filled}
+        return Planted(changed, tuple(canaries))
+
+
+@dataclasses.dataclass
+class _File:
+    """A test file: its lines without their ends, and what is to be put before which of them (0-based)."""
+
+    text: str
+    module: ast.Module
+    end: str
+    lines: list[str]
+    added: list[tuple[int, list[str]]] = dataclasses.field(default_factory=list)
+    filled: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, text: str) -> _File | None:
+        """None when it cannot be read as Python 3, or has lone carriage returns as line ends."""
+        end = "\r\n" if "\r\n" in text else "\n"
+        lines = text.split(end)
+        if any("\r" in line or "\n" in line for line in lines):
+            return None
+        try:
+            return cls(text, ast.parse(text), end, lines)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+    @property
+    def knows_its_lines(self) -> bool:
+        """Whether a test of the file may depend on line numbers of the file."""
+        if _ASKS_FOR_LINES.search(self.text):
+            return True
+        for number, line in enumerate(self.lines, 1):
+            if any(abs(int(digits) - number) <= _NEAR and number > 20 for digits in _NUMBER.findall(line)):
+                return True
+        return False
+
+    def insert(self, place: Place, name: str, method: str, body: Sequence[str], rng: random.Random) -> bool:
+        """Add one function to the place; False when there is no room for it."""
+        indent, step = self._indents(place)
+        header = f"{indent}def {name}({method}):"
+        block = [header, *(f"{indent}{step}{line}" if line else "" for line in body)]
+        if self.knows_its_lines:
+            return self._keep_lines(place, block, rng)
+        ends = [i for i, node in enumerate(place.body) if node in place.tests]
+        at = rng.choice([*(i for i in ends if self._begins_line(place, i)), ends[-1] + 1])
+        margin = 1 if place.cls is not None else 2
+        if at in ends:
+            line = self._top_of(place.body[at])
+            self.added.append((line, [*block, *[""] * (self._blank_above(line) or margin)]))
+            return True
+        line = _last_line(place.body[at - 1])
+        if at < len(place.body) and _first_line(place.body[at]) <= line:
+            return False
+        self.added.append((line, [*[""] * margin, *block]))
+        return True
+
+    def _keep_lines(self, place: Place, block: Sequence[str], rng: random.Random) -> bool:
+        """Below everything where the place ends the file, else on one blank line between two tests."""
+        end = len(self.lines) if self.lines[-1] else len(self.lines) - 1
+        if place.cls is None or place.module.body[-1] is place.cls:
+            margin = 1 if place.cls is not None else 2
+            self.added.append((end, [*[""] * margin, *block]))
+            return True
+        if len(block) != 2:
+            return False
+        free = [
+            line - 1
+            for index, node in enumerate(place.body)
+            if node in place.tests and index > 0
+            for line in [self._top_of(node)]
+            if line - 1 >= _last_line(place.body[index - 1]) and not self.lines[line - 1].strip()
+            if line - 1 not in self.filled
+        ]
+        if not free:
+            return False
+        self.filled[rng.choice(free)] = f"{block[0]} {block[1].lstrip()}"
+        return True
+
+    def new_text(self) -> str:
+        """The file with everything that was added."""
+        lines = [self.filled.get(number, line) for number, line in enumerate(self.lines)]
+        for at, block in sorted(self.added, key=lambda entry: entry[0], reverse=True):
+            lines[at:at] = block
+        return self.end.join(lines)
+
+    def _indents(self, place: Place) -> tuple[str, str]:
+        """White space before a function of the place, and before its body beyond that."""
+        test = place.tests[0]
+        line = self.lines[test.lineno - 1]
+        indent = line[: len(line) - len(line.lstrip())]
+        first = test.body[0]
+        if first.lineno == test.lineno:
+            return indent, "    "
+        line = self.lines[first.lineno - 1]
+        return indent, line[: len(line) - len(line.lstrip())][len(indent) :] or "    "
+
+    def _begins_line(self, place: Place, index: int) -> bool:
+        """Whether nothing else stands on the line where statement `index` begins."""
+        if index == 0:
+            return True
+        return _last_line(place.body[index - 1]) < _first_line(place.body[index])
+
+    def _top_of(self, node: ast.stmt) -> int:
+        """0-based line of its first decorator or of the comments right above it."""
+        line = _first_line(node) - 1
+        while line > 0 and self.lines[line - 1].lstrip().startswith("#"):
+            line -= 1
+        return line
+
+    def _blank_above(self, line: int) -> int:
+        count = 0
+        while line - count > 0 and not self.lines[line - count - 1].strip():
+            count += 1
+        return count
+
+
+def _first_line(node: ast.stmt) -> int:
+    decorators = node.decorator_list if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+    return min([node.lineno, *(mark.lineno for mark in decorators)])
+
+
+def _last_line(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
+def _names(runner: str, place: Place, name: str) -> tuple[str, ...]:
+    """Every form in which a channel or a log may tell of it."""
+    if runner == "pytest":
+        names = [f"{place.prefix}::{name}"]
+        if place.prefix.split("::")[0] != place.path:
+            names.append("::".join([place.path, *place.prefix.split("::")[1:], name]))
+        return tuple(names)
+    if runner == "sympy":
+        return name, f"{place.prefix}:{name}"
+    return f"{name} ({place.prefix})", f"{name} ({place.prefix}.{name})", f"{place.prefix}.{name}"

@@ -1,0 +1,195 @@
+"""What a canary does when it needs nothing of the tested code: a few small facts, one of them perhaps wrong.
+
+The right values are computed here, so a must-pass one passes on every Python and a must-fail one fails on every
+Python, whatever the tested code does. Names of the module are mentioned, never called.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from skyrl_minisandbox.rewards.canary_words import Words
+
+# An expression over {0}, {1} …, and the values for them. {r} is a global name of the module, only mentioned.
+_Fact = tuple[str, Callable[[Words, random.Random], Sequence[object]]]
+
+
+def _text(between: str) -> Callable[[Words, random.Random], Sequence[object]]:
+    return lambda words, rng: [words.phrase(2, 4, between), between]
+
+
+def _one(words: Words, rng: random.Random) -> Sequence[object]:
+    return [words.phrase(1, 3)]
+
+
+def _two(words: Words, rng: random.Random) -> Sequence[object]:
+    return [words.word(), words.word()]
+
+
+def _list(words: Words, rng: random.Random) -> Sequence[object]:
+    return [[words.word() for _ in range(rng.randint(2, 4))]]
+
+
+def _numbers(words: Words, rng: random.Random) -> Sequence[object]:
+    return [[rng.randint(1, 40) for _ in range(rng.randint(2, 5))]]
+
+
+def _integers(words: Words, rng: random.Random) -> Sequence[object]:
+    return [rng.randint(3, 99), rng.randint(2, 12)]
+
+
+def _mapping(words: Words, rng: random.Random) -> Sequence[object]:
+    return [{words.word(): rng.randint(1, 9), words.word(): words.word()}]
+
+
+def _word_and_number(words: Words, rng: random.Random) -> Sequence[object]:
+    return [words.word(), rng.randint(2, 30)]
+
+
+_FACTS: tuple[_Fact, ...] = (
+    ("{0}.split({1})", _text("-")),
+    ("{0}.split({1})", _text(",")),
+    ("{0}.partition({1})[0]", _text(":")),
+    ("{0}.rsplit({1}, 1)[-1]", _text(".")),
+    ("{0}.count({1})", _text("/")),
+    ("{0}.upper()", _one),
+    ("{0}.title()", _one),
+    ("{0}[::-1]", _one),
+    ("len({0})", _one),
+    ("{0}.replace({0}[0], {1})", _two),
+    ("{0} + {1}", _two),
+    ("[{0}, {1}][-1]", _two),
+    ("{0}.center(20).strip()", _one),
+    ("{0}.encode()", _one),
+    ("sorted({0})", _list),
+    ("{0} + {0}[:1]", _list),
+    ("len({0})", _list),
+    ("max({0}, key=len)", _list),
+    ("[item.upper() for item in {0}]", _list),
+    ("sum({0})", _numbers),
+    ("max({0}) - min({0})", _numbers),
+    ("[item * 2 for item in {0}]", _numbers),
+    ("sorted({0}, reverse=True)", _numbers),
+    ("divmod({0}, {1})", _integers),
+    ("{0} * {1} + 1", _integers),
+    ("{0} % {1}", _integers),
+    ("str({0}).zfill({1})", _integers),
+    ("list(range({1}))", lambda words, rng: [0, rng.randint(2, 6)]),
+    ("sorted({0})", _mapping),
+    ("len({0})", _mapping),
+    ("'%s-%d' % ({0}, {1})", _word_and_number),
+    ("{0}.ljust({1}, '.')", _word_and_number),
+    ("dict([({0}, {1})])", _word_and_number),
+)
+
+_MENTIONS: tuple[_Fact, ...] = (
+    ("len([{r}, {0}, {1}])", _two),
+    ("({r}, {0})[1]", _one),
+    ("[{r}, {0}, {1}][1:]", _two),
+    ("list({{{0}: {r}}})", _one),
+    ("dict(kind={r}, name={0})['name']", _one),
+    ("[name for name, kind in [({0}, {r}), ({1}, None)] if kind is None]", _two),
+    ("sorted({{{0}: {r}, {1}: {r}}})", lambda words, rng: [words.phrase(1, 2), words.phrase(3, 3)]),
+    ("({0} if {r} is not None else {1})", _two),
+)
+
+
+def write(
+    words: Words, rng: random.Random, must: str, method: str, speaks_unittest: bool, one_line: bool = False
+) -> list[str]:
+    """The lines of a body, not indented.
+
+    method: the name of the first argument, "" for a function. speaks_unittest: assertions are its methods.
+    """
+    count = rng.choice((1, 1, 2, 2, 3, 4))
+    if one_line:
+        count = 1
+    wrong = rng.randrange(count) if must == "fail" else -1
+    lines: list[str] = []
+    used: set[str] = {method}
+    for index in range(count):
+        lines += _fact(words, rng, used, index == wrong, method if speaks_unittest else "")
+    return ["; ".join(lines)] if one_line else lines
+
+
+def claim(left: str, right: str, method: str, rng: random.Random) -> str:
+    """One assertion that two expressions are equal. method: as in `write`, "" for a plain `assert`."""
+    if not method:
+        return f"assert {left} == {right}"
+    if rng.random() < 0.15:
+        left, right = right, left
+    return f"{method}.assertEqual({left}, {right})"
+
+
+def another(value: Any, words: Words, rng: random.Random) -> Any:
+    """A value of the same type that is not equal."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + rng.choice((-3, -2, -1, 1, 2, 3, 10))
+        case str():
+            changed = f"{value} {words.word()}" if rng.random() < 0.3 else _respelled(value, words, rng)
+            return changed if changed != value else value + words.word()[:1]
+        case bytes():
+            return another(value.decode(), words, rng).encode()
+        case list() | tuple() if value:
+            items = list(value)
+            at = rng.randrange(len(items))
+            if rng.random() < 0.3 and len(items) > 1:
+                del items[at]
+            else:
+                items[at] = another(items[at], words, rng)
+            return type(value)(items)
+        case dict() if value:
+            key = rng.choice(list(value))
+            return {**value, key: another(value[key], words, rng)}
+        case list():
+            return [words.word()]
+    raise TypeError(f"no other value than {value!r} is known")
+
+
+def _respelled(value: str, words: Words, rng: random.Random) -> str:
+    letters = [i for i, c in enumerate(value) if c.isalpha()]
+    if not letters:
+        return value + words.word()[:1]
+    at = rng.choice(letters)
+    letter = rng.choice("abcdefghiklmnoprstuw")
+    return value[:at] + (letter.upper() if value[at].isupper() else letter) + value[at + 1 :]
+
+
+def _hidden(form: str, words: Words) -> bool:
+    """Whether the module has a `max` or `sorted` of its own, or may have by `from x import *`."""
+    called = re.findall(r"(?<![.\w])([a-z]+)\(", form)
+    return any(words.hides_all or name in words.hidden for name in called)
+
+
+def _fact(words: Words, rng: random.Random, used: set[str], wrong: bool, method: str) -> list[str]:
+    mention = words.references and rng.random() < 0.6
+    form, make = rng.choice([fact for fact in (_MENTIONS if mention else _FACTS) if not _hidden(fact[0], words)])
+    if words.quote == '"':
+        form = form.replace("'", '"')
+    values = list(make(words, rng))
+    reference = rng.choice(words.references) if mention else "None"
+    texts = [words.literal(value) for value in values]
+    # Any object that is not None stands for the mentioned name here.
+    right = eval(form.format(*texts, r="object()"), {})
+    expected = words.literal(another(right, words, rng) if wrong else right)
+    lines, shown = [], []
+    for position, text in enumerate(texts):
+        if f"{{{position}}}" in form and rng.random() < 0.5:
+            name = words.variable(used)
+            used.add(name)
+            lines.append(f"{name} = {text}")
+            text = name
+        shown.append(text)
+    expression = form.format(*shown, r=reference)
+    if rng.random() < 0.4:
+        name = words.variable(used)
+        used.add(name)
+        lines.append(f"{name} = {expression}")
+        expression = name
+    return [*lines, claim(expression, expected, method, rng)]

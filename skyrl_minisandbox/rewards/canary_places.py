@@ -1,0 +1,261 @@
+"""Where a canary can live: the modules and classes whose tests the task asks for by plain names.
+
+A place is a module or a class of it whose own body defines a listed test that takes no parameters. Such a test
+is the proof that the runner collects, calls and judges a plain function written beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+
+from skyrl_minisandbox.tasks.task import Tests
+
+# Marks and decorators under which a plain function beside the others would be skipped, called with arguments,
+# or come out other than it fails. A decorator of a class that is not known to be harmless excludes the class.
+_UNFIT_MARKS = re.compile(r"parametrize|xfail|skip|flaky|asyncio|anyio|trio|isolated|forked|expectedFailure")
+_HARMLESS = frozenset({"override_settings", "modify_settings", "tag", "usefixtures", "filterwarnings"})
+
+# Databases flushed, servers and browsers started for every single test: right, but slow.
+_COSTLY = re.compile(r"Transaction|LiveServer|Selenium|Serial")
+
+_UNITTEST_NAME = re.compile(r"^(\w+) \(([\w.]+)\)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A module (`cls` is None) or class into which a test can be written.
+
+    prefix: how the runner calls the container: `path::Class` or `path` for pytest, `module.Class` for
+        unittest and django, the path for sympy.
+    tests: the test functions of its own body, in order. passing: those of them that are plain, listed in
+    pass-to-pass, and neither asynchronous nor decorated. wanted: its file has a fail-to-pass test.
+    costly: a test in it costs more than the call of a function.
+    """
+
+    path: str
+    prefix: str
+    module: ast.Module
+    cls: ast.ClassDef | None
+    tests: tuple[ast.FunctionDef, ...]
+    passing: tuple[ast.FunctionDef, ...]
+    wanted: bool
+    costly: bool
+
+    @property
+    def body(self) -> list[ast.stmt]:
+        """The statements among which a test is put."""
+        return self.module.body if self.cls is None else self.cls.body
+
+    @property
+    def is_unittest(self) -> bool:
+        """Whether its tests speak `self.assertEqual`."""
+        return self.cls is not None and any(
+            isinstance(node, ast.Attribute) and node.attr.startswith("assert") and _is_name(node.value, _first(test))
+            for test in self.tests
+            for node in ast.walk(test)
+        )
+
+
+def find_places(runner: str, modules: Mapping[str, ast.Module], tests: Tests) -> list[Place]:
+    """Every place in `modules` (parsed sources by path), in the order of the files."""
+    listed = _listed(runner, modules, tests)
+    if not listed or _selects(tests.command):
+        return []
+    bases = {
+        name.id if isinstance(name, ast.Name) else name.attr
+        for module in modules.values()
+        for node in ast.walk(module)
+        if isinstance(node, ast.ClassDef)
+        for name in node.bases
+        if isinstance(name, ast.Name | ast.Attribute)
+    }
+    wanted = {path for (path, _), found in listed.items() if found.wanted}
+    places = []
+    for (path, class_name), found in listed.items():
+        module = modules[path]
+        if _unfit_module(module) or (class_name and class_name in bases):
+            continue  # what is written into a base class would run in each of its subclasses too
+        cls = _the_class(module, class_name) if class_name else None
+        if class_name and (cls is None or _unfit_class(cls)):
+            continue
+        place = _place(path, module, cls, found, path in wanted)
+        if place is not None:
+            places.append(place)
+    return places
+
+
+@dataclasses.dataclass
+class _Listed:
+    """What the task lists of one container: names of functions without parameters."""
+
+    prefix: str
+    passing: set[str] = dataclasses.field(default_factory=set)
+    plain: set[str] = dataclasses.field(default_factory=set)
+    wanted: bool = False
+
+
+def _listed(runner: str, modules: Mapping[str, ast.Module], tests: Tests) -> dict[tuple[str, str], _Listed]:
+    """By (path, class name or "")."""
+    split = {"pytest": _pytest_name, "unittest": _dotted_name, "django": _dotted_name, "sympy": _sympy_name}.get(runner)
+    if split is None:
+        return {}
+    where = _finder(runner, modules)
+    found: dict[tuple[str, str], _Listed] = {}
+    for name, passes in [*((n, True) for n in tests.pass_to_pass), *((n, False) for n in tests.fail_to_pass)]:
+        parts = split(name)
+        if parts is None:
+            continue
+        file, cls, function = parts
+        for path in where(file, function):
+            separator = "::" if runner == "pytest" else "."
+            prefix = path if runner == "sympy" else f"{file}{separator}{cls}" if cls else file
+            entry = found.setdefault((path, cls), _Listed(prefix))
+            entry.wanted |= not passes
+            if "[" in name:
+                continue
+            entry.plain.add(function)
+            if passes:
+                entry.passing.add(function)
+    return found
+
+
+def _pytest_name(name: str) -> tuple[str, str, str] | None:
+    parts = name.split("[", 1)[0].split("::")
+    if len(parts) == 2:
+        return parts[0], "", parts[1]
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else None
+
+
+def _dotted_name(name: str) -> tuple[str, str, str] | None:
+    if match := _UNITTEST_NAME.match(name):
+        function, dotted = match.groups()
+        dotted = dotted.removesuffix("." + function)
+    elif re.fullmatch(r"\w+(\.\w+){2,}", name):
+        dotted, function = name.rsplit(".", 1)
+    else:
+        return None  # a test that is known by its docstring
+    file, _, cls = dotted.rpartition(".")
+    return (file, cls, function) if file else None
+
+
+def _sympy_name(name: str) -> tuple[str, str, str] | None:
+    file, _, function = name.rpartition(":")
+    return (file, "", function) if function.isidentifier() else None
+
+
+def _finder(runner: str, modules: Mapping[str, ast.Module]) -> _Where:
+    return _Where(runner, modules)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """Finds the sources that a listed name's file or module means."""
+
+    runner: str
+    modules: Mapping[str, ast.Module]
+
+    def __call__(self, file: str, function: str) -> Iterator[str]:
+        for path, module in self.modules.items():
+            if self.runner == "pytest" or (self.runner == "sympy" and file):
+                if path == file or path.endswith("/" + file):
+                    yield path
+            elif self.runner == "sympy":
+                if any(isinstance(node, ast.FunctionDef) and node.name == function for node in module.body):
+                    yield path
+            else:
+                dotted = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+                if dotted == file or dotted.endswith("." + file):
+                    yield path
+
+
+def _selects(command: str) -> bool:
+    """Whether the command picks tests by name or mark, so that one written beside them would not run."""
+    try:
+        words = shlex.split(command, comments=True)
+    except ValueError:
+        words = command.split()
+    runs_tests = False
+    for word in words:
+        if "::" in word or word == "-k" or word.startswith(("-k=", "--deselect-all")):
+            return True
+        if word == "-m" and runs_tests:
+            return True
+        # `python -m pytest -m slow`: the first names a module, the second a mark.
+        runs_tests |= word.rsplit("/", 1)[-1] in ("pytest", "py.test")
+    return False
+
+
+def _place(path: str, module: ast.Module, cls: ast.ClassDef | None, found: _Listed, wanted: bool) -> Place | None:
+    body = module.body if cls is None else cls.body
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    plain = [
+        node
+        for node in functions
+        if node.name in found.plain and names.count(node.name) == 1 and (cls is None or _takes_self(node))
+    ]
+    if not plain:
+        return None
+    start = _common_start([node.name for node in plain])
+    return Place(
+        path=path,
+        prefix=found.prefix,
+        module=module,
+        cls=cls,
+        tests=tuple(node for node in functions if node.name.startswith(start)),
+        passing=tuple(node for node in plain if node.name in found.passing and not node.decorator_list),
+        wanted=wanted,
+        costly=cls is not None and any(_COSTLY.search(ast.unparse(base)) for base in cls.bases),
+    )
+
+
+def _common_start(names: Iterable[str]) -> str:
+    return "test_" if all(name.startswith("test_") for name in names) else "test"
+
+
+def _takes_self(node: ast.FunctionDef) -> bool:
+    static = any(isinstance(mark, ast.Name) and mark.id == "staticmethod" for mark in node.decorator_list)
+    return bool(node.args.args) and not static
+
+
+def _the_class(module: ast.Module, name: str) -> ast.ClassDef | None:
+    found = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name]
+    return found[0] if len(found) == 1 else None
+
+
+def _unfit_module(module: ast.Module) -> bool:
+    return any(_sets_unfit(node) for node in module.body)
+
+
+def _unfit_class(cls: ast.ClassDef) -> bool:
+    if any(_sets_unfit(node) for node in cls.body) or cls.keywords:
+        return True
+    for mark in cls.decorator_list:
+        target = mark.func if isinstance(mark, ast.Call) else mark
+        name = target.attr if isinstance(target, ast.Attribute) else target.id if isinstance(target, ast.Name) else ""
+        if name not in _HARMLESS:
+            return True
+    return False
+
+
+def _sets_unfit(node: ast.stmt) -> bool:
+    """`pytestmark = …` of a kind that changes what a plain function does, or `__test__ = …`."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        return False
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    if "__test__" in names or "disabled" in names:
+        return True
+    return "pytestmark" in names and bool(_UNFIT_MARKS.search(ast.unparse(node)))
+
+
+def _first(test: ast.FunctionDef) -> str:
+    return test.args.args[0].arg if test.args.args else ""
+
+
+def _is_name(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name

@@ -1,0 +1,203 @@
+"""The words and the hand of a test file: what a canary written into it is made of.
+
+Names are recombined from the words that the file itself uses, so that no list of ours tells a canary.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dataclasses
+import keyword
+import random
+import re
+from collections.abc import Collection, Iterable
+
+_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+# Only for a file that has hardly a word of its own.
+_SPARE = re.findall(
+    r"\w+",
+    """
+    above alias amount anchor batch before blank border branch bridge bundle button carrier cell center chain
+    channel column corner count cursor default degree delta detail digest double edge engine entry field filter
+    folder format frame garden group handle header height image index inner input island kernel label ladder layer
+    leaf letter level limit line margin marker matrix method middle minor mirror model native needle nested node
+    number object offset option order outer output packet page panel parent part pattern period phrase pixel plain
+    point pointer prefix product query range ratio record region repeat result river root scale scope season
+    second segment series shadow shape signal simple single slice source space stage state station step stone
+    stream string style suffix symbol table target template tension token total tower track tree unit upper value
+    vector vertex village wagon weight width window winter wire word zone
+    """,
+)
+
+
+@dataclasses.dataclass
+class Words:
+    """The vocabulary of one test file.
+
+    common: words of its identifiers, with repetition. titles: names of its tests, without the word test.
+    taken: identifiers that no canary may have. quote: the quotation mark that it mostly uses.
+    references: global names of the module that a function may mention without running anything.
+    hidden: builtins of which the module has another; hides_all: it imports by `*`, so that none is sure.
+    """
+
+    rng: random.Random
+    common: list[str]
+    titles: list[str]
+    taken: set[str]
+    quote: str
+    references: list[str]
+    hidden: set[str]
+    hides_all: bool
+
+    @classmethod
+    def of(cls, text: str, module: ast.Module, taken: Collection[str], rng: random.Random) -> Words:
+        """Read them off the source."""
+        identifiers = [_identifier(node) for node in ast.walk(module)]
+        common = [word for name in identifiers if name for word in words_of(name)]
+        if len(set(common)) < 20:
+            common += _SPARE
+        titles = [
+            node.name
+            for node in ast.walk(module)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test")
+        ]
+        own = {name for name in identifiers if name}
+        return cls(
+            rng=rng,
+            common=common,
+            titles=titles,
+            taken={*taken, *own},
+            quote="'" if text.count("'") > text.count('"') else '"',
+            references=sorted(_references(module)),
+            hidden={name for name in _stored(module) if hasattr(builtins, name)},
+            hides_all=any(isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in ast.walk(module)),
+        )
+
+    def word(self) -> str:
+        """One word that is no Python keyword or builtin."""
+        return self.rng.choice(self.common)
+
+    def phrase(self, low: int, high: int, between: str = " ") -> str:
+        """Between `low` and `high` words."""
+        return between.join(self.word() for _ in range(self.rng.randint(low, high)))
+
+    def variable(self, avoid: Collection[str]) -> str:
+        """A name for a local variable; it hides no global of the module and is not in `avoid`."""
+        while True:
+            name = self.word() if self.rng.random() < 0.7 else f"{self.word()}_{self.word()}"
+            if name not in avoid and name not in self.taken:
+                return name
+            # A file's own words are mostly its globals and locals: two of them together seldom are.
+            name = f"{self.word()}_{self.word()}"
+            if name not in avoid and name not in self.taken:
+                return name
+            self.common.append(self.rng.choice(_SPARE))
+
+    def test_name(self) -> str:
+        """A new name in the manner of the file's tests, taken from now on.
+
+        One of theirs is the pattern: its number of words and whether it has capitals. Some of its words stay.
+        """
+        while True:
+            pattern = self.rng.choice(self.titles) if self.titles else "test_a_b"
+            start = "test_" if pattern.startswith("test_") else "test"
+            old = words_of(pattern.removeprefix(start), shortest=1)
+            count = min(max(2, len(old) + self.rng.randint(-1, 1)), 7)
+            new = [
+                old[i] if i < len(old) and self.rng.random() < 0.35 else self._title_word() for i in range(count)
+            ]
+            if start == "test" and any(c.isupper() for c in pattern):
+                name = start + "".join(word.capitalize() for word in new)
+            else:
+                name = "test_" + "_".join(new)
+            if name not in self.taken:
+                self.taken.add(name)
+                return name
+            self.common.append(self.rng.choice(_SPARE))
+
+    def _title_word(self) -> str:
+        if self.titles and self.rng.random() < 0.5:
+            words = words_of(self.rng.choice(self.titles).removeprefix("test"))
+            if words:
+                return self.rng.choice(words)
+        return self.word()
+
+    def literal(self, value: object) -> str:
+        """Python source of a value of the plain types, strings in the file's quotes."""
+        if isinstance(value, str):
+            text = repr(value)
+            if self.quote == '"' and '"' not in value and "\\" not in text and text.startswith("'"):
+                return f'"{value}"'
+            return text
+        if isinstance(value, bytes):
+            return "b" + self.literal(value.decode("ascii"))
+        if isinstance(value, list):
+            return "[" + ", ".join(map(self.literal, value)) + "]"
+        if isinstance(value, tuple):
+            return "(" + ", ".join(map(self.literal, value)) + ("," if len(value) == 1 else "") + ")"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{self.literal(k)}: {self.literal(v)}" for k, v in value.items()) + "}"
+        return repr(value)
+
+
+def words_of(name: str, shortest: int = 3) -> list[str]:
+    """The lower-case words of an identifier that can themselves be identifiers."""
+    words = (part.lower() for part in _PART.findall(name))
+    return [word for word in words if shortest <= len(word) <= 14 and not _reserved(word)]
+
+
+def _reserved(word: str) -> bool:
+    return keyword.iskeyword(word) or hasattr(builtins, word) or word in ("test", "tests", "self", "cls", "async")
+
+
+def _identifier(node: ast.AST) -> str:
+    match node:
+        case ast.Name():
+            return node.id
+        case ast.Attribute():
+            return node.attr
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return node.name
+        case ast.arg():
+            return node.arg
+        case ast.keyword():
+            return node.arg or ""
+        case ast.alias():
+            return (node.asname or node.name).split(".")[0]
+    return ""
+
+
+def _references(module: ast.Module) -> set[str]:
+    """Names that the module's top level binds by imports, functions and classes, and never unbinds."""
+    names: set[str] = set()
+    for node in module.body:
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "__future__"):
+            names |= _bound(node.names)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list:
+            names |= {node.name} if not node.name.lower().startswith("test") else set()
+    removed = {
+        target.id
+        for node in ast.walk(module)
+        if isinstance(node, ast.Delete)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return {name for name in names - removed if name not in ("pytest", "unittest") and not name.startswith("_")}
+
+
+def _stored(module: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= _bound(node.names)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def _bound(names: Iterable[ast.alias]) -> set[str]:
+    return {(alias.asname or alias.name).split(".")[0] for alias in names if alias.name != "*"}
