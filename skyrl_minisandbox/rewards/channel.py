@@ -22,7 +22,23 @@ from skyrl_minisandbox.rewards.parsers import VERDICTS
 from skyrl_minisandbox.sandbox import Sandbox
 
 _INSIDE = Path(__file__).with_name("inside")
-_REPORTERS = {"pytest": "pytest_reporter"}
+# For each runner the programs that make up its reporter, and the line that starts it as module `{module}`.
+_REPORTERS = {
+    "pytest": (
+        ("ledger", "pytest_reporter"),
+        "pytest_load_initial_conftests = reporter(Ledger({settings}), {module!r})",
+    ),
+    "unittest": (
+        ("ledger", "import_hook", "unittest_reporter"),
+        "after_import({{'unittest.runner': reporter(Ledger({settings}))}})",
+    ),
+    "sympy": (
+        ("ledger", "import_hook", "sympy_reporter"),
+        "after_import(dict.fromkeys(('sympy.testing.runtests', 'sympy.utilities.runtests'), "
+        "reporter(Ledger({settings}))))",
+    ),
+}
+_REPORTERS["django"] = _REPORTERS["unittest"]
 
 MOST_BYTES = 64 << 20
 """Of a results file; 200 000 tests take about 50 MB."""
@@ -37,7 +53,7 @@ mkdir -m 1777 -p -- "$1" || exit 1
 shopt -s nullglob
 found=(/opt/env/lib/python*/site-packages)
 if [[ ${#found[@]} -eq 0 ]]; then
-  found=(/opt/miniconda3/envs/testbed/lib/python*/site-packages "$PWD"/.venv/lib/python*/site-packages)
+  found=(/opt/miniconda3/envs/testbed/lib/python*/site-packages)
   for python in python python3; do
     path=$(command -v "$python") || continue
     found+=("$("$path" -I -c 'import site; print(site.getsitepackages()[0])')")
@@ -108,26 +124,20 @@ def place(
         places = [one for one in places if f"/python{python}/" in one] or places
     if found.exit_code != 0 or not places:
         raise StoreError(f"no place for the reporter of {runner} in the sandbox: {found.output.strip()[-300:]}")
-    files: list[tuple[str, str]] = []
-    remove: list[str] = []
-    directories: list[str] = []
-    for site in places:
-        loader = f"{site}/{word}-1.0.dist-info"
-        files.append((f"{loader}/METADATA", f"Metadata-Version: 2.1\nName: {word}\nVersion: 1.0\n"))
-        files.append((f"{loader}/entry_points.txt", f"[pytest11]\n{word} = {word}\n"))
-        directories.append(loader)
-        remove += [f"{loader}/*", f"{site}/{word}.py", f"{site}/__pycache__/{word}.*"]
+    loaders = {f"{site}/{name}": text for site in places for name, text in _loader(runner, word).items()}
+    modules = [f"{site}/{word}.py" for site in places]
+    directories = sorted({str(Path(name).parent) for name in loaders} - set(places))
     settings = {
         "results": path,
-        "remove": remove,
+        "remove": [*loaders, *modules, *(f"{site}/__pycache__/{word}.*" for site in places)],
         "remove_directories": directories,
         "only": list(only),
         "test_timeout": test_timeout,
         "workdir": workdir,
     }
-    files += [(f"{site}/{word}.py", program(runner, word, settings)) for site in places]
+    text = program(runner, word, settings)
     try:
-        for name, text in files:
+        for name, text in [*((module, text) for module in modules), *loaders.items()]:
             sandbox.write_file(name, text.encode("utf-8", "surrogatepass"))
     except SandboxGone:
         raise
@@ -138,9 +148,19 @@ def place(
 
 def program(runner: str, module: str, settings: dict[str, Any]) -> str:
     """The text of the module that is loaded inside."""
-    parts = [(_INSIDE / f"{name}.py").read_text("utf-8") for name in ("ledger", _REPORTERS[runner])]
-    start = f"pytest_load_initial_conftests = reporter(Ledger({settings!a}), {module!r})\n"
-    return "\n\n".join([*parts, start])
+    names, start = _REPORTERS[runner]
+    parts = [(_INSIDE / f"{name}.py").read_text("utf-8") for name in names]
+    return "\n\n".join([*parts, start.format(settings=ascii(settings), module=module) + "\n"])
+
+
+def _loader(runner: str, word: str) -> dict[str, str]:
+    """What makes Python import the module `word`: texts by file name below a directory for packages."""
+    if runner != "pytest":
+        return {f"{word}.pth": f"import {word}\n"}
+    return {
+        f"{word}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {word}\nVersion: 1.0\n",
+        f"{word}-1.0.dist-info/entry_points.txt": f"[pytest11]\n{word} = {word}\n",
+    }
 
 
 def parse(data: bytes) -> Results:

@@ -121,17 +121,14 @@ def _plugin(ledger, config):
 
         @pytest.hookimpl(trylast=True)
         def pytest_runtest_logreport(self, report):
-            verdict = _verdict(report)
-            nodeid = report.nodeid
-            if verdict is not None:
-                verdicts[nodeid] = worse_of(verdicts.get(nodeid), verdict)
-            if report.when == "teardown":
-                last = verdicts.pop(nodeid, None)
-                if last is not None:
-                    write(["ran", last, *names(nodeid)])
-                compare()
-            elif verdict in ("FAILED", "ERROR"):  # what comes next may be the end of this process
+            # Told as soon as it is known: what comes next may be the end of this process.
+            verdict, nodeid = _verdict(report), report.nodeid
+            if verdict is not None and worse_of(verdicts.get(nodeid), verdict) != verdicts.get(nodeid):
+                verdicts[nodeid] = verdict
                 write(["ran", verdict, *names(nodeid)])
+            if report.when == "teardown":
+                verdicts.pop(nodeid, None)
+                compare()
 
         @pytest.hookimpl(trylast=True)
         def pytest_sessionfinish(self):
