@@ -10,6 +10,7 @@
       work/HEX16           flock of the one that unpacks the layer
       aside/NAME[.lock]    what is being unpacked, uppers of builds; swept when its maker is dead
       sources/             downloads (images.sources)
+      memo/                verdicts of patches (rewards.memo)
 
 Two locks a layer. `work` makes one unpack however many ask, in threads and processes. `pins` is shared
 by the users of a layer; who wants to remove a layer takes `work`, then `pins` exclusively without waiting.
