@@ -1,5 +1,8 @@
 """Grading: a fresh sandbox of the task's image, the patch, the original tests, one verdict.
 
+`official` runs the dataset's own procedure and reads its log. `protected` puts back whatever steers the runner, hides
+canaries among the tests, and takes the results from a channel of its own; `judge.py` says what they mean.
+
 Who could have caused it decides what a failure is. Making the sandbox and applying our own test patch to
 our own image cannot be spoilt by a patch: when they fail, that is an exception and the caller's
 `infra_error`. From the moment when the patch is in, everything is its doing and becomes an outcome: a
@@ -8,59 +11,30 @@ killed init, a full disk, a time-out, an unreadable log.
 
 from __future__ import annotations
 
+import dataclasses
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from skyrl_minisandbox.config import GradingConfig
-from skyrl_minisandbox.errors import SandboxError, SandboxGone, StoreError, TaskError
+from skyrl_minisandbox.errors import SandboxGone, StoreError
 from skyrl_minisandbox.record import Outcome
-from skyrl_minisandbox.rewards.parsers import load_parser
-from skyrl_minisandbox.rewards.report import TestReport, passed
+from skyrl_minisandbox.rewards import channel, official, restore
+from skyrl_minisandbox.rewards.apply import apply_patch
+from skyrl_minisandbox.rewards.canaries import Planned, plant
+from skyrl_minisandbox.rewards.judge import Judged, judge
+from skyrl_minisandbox.rewards.report import TestReport
 from skyrl_minisandbox.sandbox import CommandResult, Sandbox
+from skyrl_minisandbox.tasks.diff import changed_files
 from skyrl_minisandbox.tasks.task import Task
 
-GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "safe.directory=*")
-"""Nothing that a repository's configuration names is run."""
-
-GIT_ENV = {
-    "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_CONFIG_GLOBAL": "/dev/null",
-    "GIT_TERMINAL_PROMPT": "0",
-    "GIT_LITERAL_PATHSPECS": "1",
-    "GIT_OPTIONAL_LOCKS": "0",
-    "LC_ALL": "C.UTF-8",
-}
-
-GIT_TIMEOUT = 120.0
-
-# $@: files, relative to the workdir. Each becomes what HEAD has, or is removed where HEAD has none. A
-# parent that is no directory (or a link to somewhere) is the patch's doing: it goes, and git makes the
-# directory anew.
-_RESTORE = r"""
-set -u
-status=0
-for file in "$@"; do
-  parent=.
-  rest=$file
-  while [[ $rest == */* ]]; do
-    parent=$parent/${rest%%/*}
-    rest=${rest#*/}
-    if [[ -L $parent || ( -e $parent && ! -d $parent ) ]]; then rm -rf -- "$parent" || status=1; fi
-  done
-  if git -c core.hooksPath=/dev/null -c 'safe.directory=*' cat-file -e "HEAD:$file" 2>/dev/null; then
-    git -c core.hooksPath=/dev/null -c 'safe.directory=*' checkout -q HEAD -- "$file" || status=1
-  else
-    rm -rf -- "./$file" || status=1
-  fi
-done
-exit $status
-"""
+Opener = Callable[[], Sandbox]
 
 
 def grade(
     task: Task,
     patch: str,
-    open_sandbox: Callable[[], Sandbox],
+    open_sandbox: Opener,
     *,
     grading: GradingConfig | None = None,
     run_empty: bool = False,
@@ -69,179 +43,216 @@ def grade(
     """Judge `patch` by the task's tests.
 
     open_sandbox: makes a fresh sandbox of the task's image; closed here.
+    grading: how; the default of the configuration (`protected`) when None.
     run_empty: run the tests even though the patch is empty (validation); otherwise that is `empty_patch`.
     timeout: seconds for the test command, the task's own when None.
 
     Raises `SandboxError` when no sandbox can be had, `TaskError` when the task's test patch does not fit
     its own image, `StoreError` when git cannot be run in it. Nothing that the patch does is an exception.
     """
-    started = time.monotonic()
-    empty = not patch.strip()
-    if empty and not run_empty:
-        return _report(task, Outcome.EMPTY_PATCH, started, error="the patch is empty")
-    with open_sandbox() as sandbox:
-        workdir = task.recipe.workdir
+    how, limit = grading or GradingConfig(), task.tests.timeout if timeout is None else timeout
+    return _Grading(task, patch, open_sandbox, how, limit).grade(run_empty)
+
+
+class _Stopped(Exception):
+    """There is a verdict before any test has run, or without one; `report` is it."""
+
+    def __init__(self, outcome: Outcome, error: str, log: str = "") -> None:
+        super().__init__(error)
+        self.outcome, self.error, self.log = outcome, error, log
+
+
+class _Grading:
+    """One patch on its way to a report."""
+
+    def __init__(
+        self, task: Task, patch: str, open_sandbox: Opener, grading: GradingConfig, timeout: float
+    ) -> None:  # fmt: skip
+        self._task, self._patch, self._open, self._how, self._timeout = task, patch, open_sandbox, grading, timeout
+        self._started = time.monotonic()
+        self._asked = (*task.tests.fail_to_pass, *task.tests.pass_to_pass)
+        self._restored: tuple[str, ...] = ()
+
+    def grade(self, run_empty: bool) -> TestReport:
+        if not self._patch.strip() and not run_empty:
+            return self._report(Outcome.EMPTY_PATCH, "the patch is empty")
+        try:
+            return self._official() if self._how.mode == "official" else self._protected()
+        except _Stopped as stopped:
+            return self._report(stopped.outcome, stopped.error, log=stopped.log)
+        except _Died as died:
+            return self._report(
+                Outcome.UNRESOLVED, f"the sandbox died under the patch: {died}", command=self._task.tests.command,
+                sandbox_died=True,
+            )  # fmt: skip
+
+    def _official(self) -> TestReport:
+        with self._open() as sandbox:
+            self._bring_in(sandbox)
+            done = self._run(sandbox)
+        tests = self._task.tests
+        verdict = official.verdict(tests, done.output, done.exit_code, self._how.rules)
+        passed = {**verdict.fail_to_pass, **verdict.pass_to_pass}
+        if done.timed_out:
+            outcome, error = Outcome.TESTS_TIMEOUT, f"the tests did not end within {done.seconds:.0f} s"
+        elif verdict.resolved:
+            outcome, error = Outcome.RESOLVED, ""
+        else:
+            outcome, error = Outcome.UNRESOLVED, verdict.reason
+        return self._graded(Judged(outcome, error, verdict.tests, passed), done)
+
+    def _protected(self) -> TestReport:
+        judged, done = self._protected_run(())
+        retries: dict[str, list[str]] = {}
+        for _ in range(self._how.retries):
+            again = self._worth_another(judged)
+            if not again:
+                break
+            second, _ = self._protected_run(again)
+            for name in again:
+                retries.setdefault(name, [_word(judged, name)]).append(_word(second, name))
+            judged = _together(judged, second, again, done)
+        return self._graded(judged, done, retries)
+
+    def _worth_another(self, judged: Judged) -> tuple[str, ...]:
+        """The pass-to-pass tests that alone stand between this run and a reward."""
+        if judged.outcome is not Outcome.UNRESOLVED:
+            return ()
+        bad = tuple(name for name, good in judged.passed.items() if not good)
+        wanted = set(self._task.tests.fail_to_pass)
+        return () if wanted & set(bad) or len(bad) > _MOST_AGAIN else bad
+
+    def _protected_run(self, only: Sequence[str]) -> tuple[Judged, CommandResult]:
+        """The tests once, in a sandbox of their own. only: these names, empty for all."""
+        tests = self._task.tests
+        with self._open() as sandbox:
+            self._bring_in(sandbox)
+            try:
+                planned = self._plant(sandbox)
+                names = (*only, *(name for one in planned for name in one.names)) if only else ()
+                reports = channel.place(
+                    sandbox, tests.kind, python=self._task.recipe.python, workdir=self._task.recipe.workdir,
+                    only=names, test_timeout=tests.test_timeout,
+                )  # fmt: skip
+            except SandboxGone as error:
+                raise _Died(error) from None
+            except OSError as error:  # a full disk, a directory where a file goes: the patch's doing
+                raise _Stopped(Outcome.UNRESOLVED, f"the tests cannot be made ready with this patch: {error}") from None
+            done = self._run(sandbox)
+            try:
+                results = reports.read(sandbox) if reports is not None else None
+            except SandboxGone as error:
+                raise _Died(error) from None
+        return judge(tests, tuple(only) or self._asked, done, results, planned), done
+
+    def _bring_in(self, sandbox: Sandbox) -> None:
+        """The patch, then the original tests on top."""
+        task = self._task
+        empty = not self._patch.strip()
         # The first command runs nothing of the patch: a sandbox that is gone here is ours.
         if not empty:
-            applied = apply_patch(sandbox, patch, workdir)
-            if applied.exit_code in (126, 127):  # git did not even start, and nothing of the patch was in
-                raise StoreError(f"the image of task `{task.id}` is damaged on this node: {_apply_error(applied)}")
-            if applied.exit_code != 0:
-                return _report(
-                    task,
-                    Outcome.PATCH_FAILED,
-                    started,
-                    log=applied.output,
-                    error=_apply_error(applied),
-                )
+            applied = apply_patch(sandbox, self._patch, task.recipe.workdir, self._how.patch)
+            if not applied.started:
+                raise StoreError(f"the image of task `{task.id}` is damaged on this node: {applied.error}")
+            if not applied.ok:
+                raise _Stopped(Outcome.PATCH_FAILED, applied.error, applied.log)
         try:
-            problem = _bring_tests(task, sandbox)
-            if problem is not None:
-                if not empty and _tests_fit(task, open_sandbox):
-                    return _report(
-                        task,
-                        Outcome.UNRESOLVED,
-                        started,
-                        log=problem.output,
-                        error=f"the tests do not go in on top of this patch: {_apply_error(problem)}",
-                    )
-                raise TaskError(
-                    f"the test patch of task `{task.id}` does not fit its image: {_apply_error(problem)}",
-                    hint=f"minisandbox validate tasks.ids=[{task.id}]",
-                )
-            result = sandbox.run(
-                task.tests.command, cwd=workdir, timeout=task.tests.timeout if timeout is None else timeout
-            )
+            if self._how.mode == "official":
+                restore.restore_tests(task, sandbox)
+            else:
+                self._restored = restore.restore(task, sandbox, self._open, changed_files(task.gold_patch))
+            restore.bring_tests(task, sandbox)
+        except restore.DoesNotGoIn as error:
+            if not empty and restore.tests_fit(task, self._open):
+                raise _Stopped(
+                    Outcome.UNRESOLVED, f"the tests do not go in on top of this patch: {error}", str(error)
+                ) from None
+            raise restore.damaged(task, error) from None
         except SandboxGone as error:
-            return _report(
-                task,
-                Outcome.UNRESOLVED,
-                started,
-                command=task.tests.command,
-                error=f"the sandbox died under the patch: {error}",
-                sandbox_died=True,
-            )
-    return judge(task, result, started)
+            raise _Died(error) from None
+
+    def _plant(self, sandbox: Sandbox) -> tuple[Planned, ...]:
+        """Canaries among the tests that are about to run."""
+        tests, workdir = self._task.tests, self._task.recipe.workdir.rstrip("/")
+        sources: dict[str, str] = {}
+        for path in tests.files:
+            if path.endswith(".py"):
+                try:
+                    sources[path] = sandbox.read_file(f"{workdir}/{path}").decode("utf-8")
+                except (FileNotFoundError, UnicodeDecodeError):
+                    continue  # the hidden tests remove it; or it is of another encoding, and no place for a canary
+        planted = plant(tests.kind, sources, tests, random.SystemRandom())
+        for path, source in planted.sources.items():
+            sandbox.write_file(f"{workdir}/{path}", source.encode("utf-8"))
+        return tuple(planted.canaries)
+
+    def _run(self, sandbox: Sandbox) -> CommandResult:
+        try:
+            return sandbox.run(self._task.tests.command, cwd=self._task.recipe.workdir, timeout=self._timeout)
+        except SandboxGone as error:
+            raise _Died(error) from None
+
+    def _graded(
+        self, judged: Judged, done: CommandResult, retries: Mapping[str, Sequence[str]] | None = None
+    ) -> TestReport:
+        return self._report(
+            judged.outcome, judged.error, judged=judged, log=done.output, command=self._task.tests.command,
+            exit_code=done.exit_code, retries=retries,
+        )  # fmt: skip
+
+    def _report(
+        self,
+        outcome: Outcome,
+        error: str,
+        *,
+        judged: Judged | None = None,
+        log: str = "",
+        command: str = "",
+        exit_code: int | None = None,
+        retries: Mapping[str, Sequence[str]] | None = None,
+        sandbox_died: bool = False,
+    ) -> TestReport:
+        tests = self._task.tests
+        passed = judged.passed if judged is not None else {}
+        return TestReport(
+            outcome=outcome,
+            tests=judged.tests if judged is not None else {},
+            fail_to_pass={name: passed.get(name, False) for name in tests.fail_to_pass},
+            pass_to_pass={name: passed.get(name, False) for name in tests.pass_to_pass},
+            log=log,
+            seconds=time.monotonic() - self._started,
+            command=command,
+            exit_code=exit_code,
+            error=error,
+            sandbox_died=sandbox_died,
+            grading=self._how.mode,
+            canaries=judged.canaries if judged is not None else (),
+            retries={name: tuple(verdicts) for name, verdicts in (retries or {}).items()},
+            dropped=tests.flaky,
+            restored=self._restored,
+            notes=judged.notes if judged is not None else (),
+        )
 
 
-def judge(task: Task, result: CommandResult, started: float) -> TestReport:
-    """The report of a finished test command. started: monotonic time when grading began."""
-    log = result.output
-    names = [*task.tests.fail_to_pass, *task.tests.pass_to_pass]
-    tests = load_parser(task.tests.parser)(log, names)
-    good = passed(task.tests.fail_to_pass, tests) | passed(task.tests.pass_to_pass, tests)
-    bad = [name for name, ok in good.items() if not ok]
-    if result.timed_out:
-        outcome, error = Outcome.TESTS_TIMEOUT, f"the tests did not end within {result.seconds:.0f} s"
-    elif good and not bad:
-        outcome, error = Outcome.RESOLVED, ""
-    else:
-        outcome, error = Outcome.UNRESOLVED, _why(result, tests, bad)
-    return _report(
-        task,
-        outcome,
-        started,
-        tests=tests,
-        log=log,
-        command=task.tests.command,
-        exit_code=result.exit_code,
-        error=error,
-    )
+_MOST_AGAIN = 50
+"""Failing pass-to-pass tests that may be noise. More of them are the patch's doing, and running them costs time."""
 
 
-def apply_patch(sandbox: Sandbox, patch: str, workdir: str) -> CommandResult:
-    """`git apply` in the worktree only, all hunks or none.
-
-    git itself refuses paths outside the workdir and below `.git`.
-    """
-    text = patch if patch.endswith("\n") else patch + "\n"
-    return sandbox.run(
-        [*GIT, "apply", "--whitespace=nowarn", "-"],
-        input=_as_bytes(text),
-        cwd=workdir,
-        env=GIT_ENV,
-        timeout=GIT_TIMEOUT,
-    )
+class _Died(Exception):
+    """The sandbox ended while the patch was in it."""
 
 
-def _as_bytes(text: str) -> bytes:
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half a surrogate pair: no file has it, so git refuses the patch
-        return text.encode("utf-8", "replace")
+def _word(judged: Judged, name: str) -> str:
+    return judged.tests.get(name) or ("PASSED" if judged.passed[name] else "")
 
 
-def _bring_tests(task: Task, sandbox: Sandbox) -> CommandResult | None:
-    """Restore the test files and apply the hidden tests; the result of the step that failed, or None."""
-    workdir = task.recipe.workdir
-    restored = sandbox.run(
-        ["bash", "-c", _RESTORE, "restore", *task.tests.files], cwd=workdir, env=GIT_ENV, timeout=GIT_TIMEOUT
-    )
-    if restored.exit_code != 0:
-        return restored
-    if not task.tests.patch.strip():
-        return None
-    applied = apply_patch(sandbox, task.tests.patch, workdir)
-    return applied if applied.exit_code != 0 else None
-
-
-def _tests_fit(task: Task, open_sandbox: Callable[[], Sandbox]) -> bool:
-    """Whether the tests go in without the patch: the one probe that tells whose fault it is."""
-    try:
-        with open_sandbox() as sandbox:
-            return _bring_tests(task, sandbox) is None
-    except SandboxGone as error:
-        raise SandboxError(f"the sandbox of task `{task.id}` died before any patch was in: {error}") from error
-
-
-def _apply_error(result: CommandResult) -> str:
-    """Which file and hunk, in one line."""
-    if result.timed_out:
-        return f"git did not end within {GIT_TIMEOUT:.0f} s"
-    if result.disk_full:
-        return "the disk of the sandbox is full"
-    if result.oom_killed:
-        return "git was killed for memory"
-    lines = [line.strip() for line in result.output.splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith(("error:", "fatal:"))]
-    text = "; ".join((errors or lines)[:3]) or f"git ended with status {result.exit_code}"
-    return text[:500]
-
-
-def _why(result: CommandResult, tests: dict[str, str], bad: list[str]) -> str:
-    if not tests:
-        cause = f"the log has no results, and the command ended with status {result.exit_code}"
-    else:
-        cause = f"{len(bad)} tests did not pass, the first is {bad[0]}" if bad else "the task names no tests"
-    if result.oom_killed:
-        cause += "; a process was killed for memory"
-    if result.disk_full:
-        cause += "; the disk of the sandbox was full"
-    return cause
-
-
-def _report(
-    task: Task,
-    outcome: Outcome,
-    started: float,
-    *,
-    tests: dict[str, str] | None = None,
-    log: str = "",
-    command: str = "",
-    exit_code: int | None = None,
-    error: str = "",
-    sandbox_died: bool = False,
-) -> TestReport:
-    tests = tests or {}
-    return TestReport(
-        outcome=outcome,
-        tests=tests,
-        fail_to_pass=passed(task.tests.fail_to_pass, tests),
-        pass_to_pass=passed(task.tests.pass_to_pass, tests),
-        log=log,
-        seconds=time.monotonic() - started,
-        command=command,
-        exit_code=exit_code,
-        error=error,
-        sandbox_died=sandbox_died,
-    )
+def _together(first: Judged, second: Judged, again: Sequence[str], done: CommandResult) -> Judged:
+    """What two runs say, the second of which ran only `again`."""
+    if second.outcome is Outcome.TAMPERED:
+        return dataclasses.replace(first, outcome=second.outcome, error=second.error)
+    passed = {**first.passed, **{name: second.passed[name] for name in again}}
+    tests = {**first.tests, **{name: second.tests[name] for name in again if name in second.tests}}
+    bad = [name for name, good in passed.items() if not good]
+    if not bad:
+        return dataclasses.replace(first, outcome=Outcome.RESOLVED, error="", tests=tests, passed=passed)
+    return dataclasses.replace(first, tests=tests, passed=passed)

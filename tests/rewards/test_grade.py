@@ -54,6 +54,7 @@ def task(command: str = "bash tests/check.sh", timeout: float = 30.0, patch: str
             patch=patch,
             files=("tests/check.sh", "tests/more.sh"),
             command=command,
+            runner="command",
             fail_to_pass=("c::first",),
             pass_to_pass=("c::last",),
             timeout=timeout,
@@ -205,7 +206,7 @@ class TestWhateverThePatchDoesIsScored:
         report = grade(task("echo nothing; exit 3"), GOLD, open_sandbox)
         assert report.outcome is Outcome.UNRESOLVED
         assert report.missing == ["c::first", "c::last"]
-        assert "no results, and the command ended with status 3" in report.error
+        assert "nothing is told of any test, and the command ended with status 3" in report.error
 
     def test_a_patch_that_unpacks_to_more_than_the_disk(self, open_sandbox: Opener, tmp_path: Path) -> None:
         with open(tmp_path / "zeros", "wb") as file:
@@ -237,6 +238,9 @@ def test_a_sandbox_that_dies_under_the_tests_is_scored_and_marked(open_sandbox: 
 
         def __exit__(self, *args: object) -> None:
             self.inner.close()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
 
         def run(self, command: object, **options: object) -> object:
             if command == "bash tests/check.sh":
