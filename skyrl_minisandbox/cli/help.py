@@ -16,6 +16,7 @@ COMMON = (
     ("tasks=pypi|swebench", "the dataset; tasks.ids=[a,b] for some of it, tasks.path=FILE"),
     ("scaffold=mini|gold|empty|wrong", "the agent; a dotted path for one of your own"),
     ("policy=script|openai", "who answers it; policy.base_url=URL policy.model=NAME"),
+    ("reward=binary|fraction|shaped", "what a grade is worth; grading=protected|official, how it is made"),
     ("cluster=ray|local", "where it runs; cluster.nodes=N"),
     ("images.store=DIR images.cache=DIR", "where images lie"),
     ("out=DIR", "the run directory"),
@@ -63,7 +64,7 @@ def long_help(name: str, verb: Verb) -> str:
             path = root / group / f"{choice}.yaml"
             lines += ["", f"{group}={choice}" if len(choices) > 1 else f"{group}:", *_wrap(headline(path), 2)]
             for key in keys(path):
-                if key.name not in ("name", "kind"):
+                if key.name not in ("name", "kind", "mode"):
                     lines += _entry(f"{group}.{key.name}={key.default}", key.sentence)
     return "\n".join(lines)
 
@@ -77,7 +78,9 @@ def _entry(head: str, sentence: str) -> list[str]:
 
 
 def _wrap(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False
+    )
 
 
 def configuration_page() -> str:
@@ -90,8 +93,8 @@ def configuration_page() -> str:
         "",
         "`minisandbox VERB group=choice key=value …`. Where a group is a plug-in (`tasks`, `scaffold`,",
         "`policy`, `reward`) a dotted path `package.module.Name` may stand for the choice. The groups",
-        "`images`, `tasks`, `scaffold`, `reward`, `sandbox`, `rollout` and `cluster` are also the keys of the",
-        "Env's configuration in SkyRL (`environment.skyrl_gym.minisandbox`).",
+        "`images`, `tasks`, `scaffold`, `reward`, `grading`, `sandbox`, `rollout` and `cluster` are also the keys",
+        "of the Env's configuration in SkyRL (`environment.skyrl_gym.minisandbox`).",
         "",
         *_table((key.name, key.default, key.sentence) for key in keys(root / "config.yaml")),
     ]
@@ -102,7 +105,7 @@ def configuration_page() -> str:
             rows = [
                 (f"{group}.{key.name}", key.default, key.sentence)
                 for key in keys(path)
-                if key.name not in ("name", "kind")
+                if key.name not in ("name", "kind", "mode")
             ]
             lines += ["", f"## `{title}`", "", *_wrap(headline(path), 0)]
             lines += ["", *_table(rows)] if rows else []
