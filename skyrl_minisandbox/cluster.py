@@ -6,6 +6,8 @@ Placement: a node that has the image and a free slot, else the one with the most
 beyond all slots starts at once and is counted, because waiting inside SkyRL's bounded pool of env
 threads would deadlock it.
 
+A grading that broke is repeated here, once, on another node where there is one: see `rewards.fault`.
+
 Actors belong to the process that made them: they end with it, so an attached Ray keeps nothing of ours.
 """
 
@@ -26,11 +28,11 @@ from typing import Any, Protocol, TypeVar, cast
 
 from skyrl_minisandbox.claims import sweep
 from skyrl_minisandbox.config import EnvConfig
-from skyrl_minisandbox.errors import MiniSandboxError, NodeError
+from skyrl_minisandbox.errors import MiniSandboxError, NodeError, NodeLost, WorkerLost
 from skyrl_minisandbox.node import Node, NodeActor, NodeSetup, NodeStatus
 from skyrl_minisandbox.own_ray import NAMESPACE, RayConnection
-from skyrl_minisandbox.record import EndedBy
-from skyrl_minisandbox.rollout import CANCELLATION, RolloutRequest, Turn
+from skyrl_minisandbox.record import EndedBy, Outcome
+from skyrl_minisandbox.rollout import CANCELLATION, Finished, RolloutRequest, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Handle(Protocol):
     """A node as the driver sees it: `Node` itself, or an actor."""
 
     def open(self, request: RolloutRequest) -> Future[Turn]: ...
+    def grade(self, request: RolloutRequest, patch: str) -> Future[Turn]: ...
     def step(self, rollout_id: str, text: str) -> Future[Turn]: ...
     def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Future[Turn | None]: ...
 
@@ -96,29 +99,23 @@ class Cluster(abc.ABC):
 
         Raises `NodeError` when the node is lost or does not answer in time.
         """
-        self._update()
-        image = request.task.recipe.digest()
-        with self._lock:
-            place = choose([p for p in self._places if p.alive], image, avoid)
-            if place.free <= 0:
-                self.oversubscribed += 1
-            place.rollouts.add(request.rollout_id)
-            self._rollouts[request.rollout_id] = (place, request)
+        place = self._place(request, avoid)
         bounds = request.bounds
         turn = self._wait(
             request.rollout_id, lambda: place.handle.open(request), bounds.setup + bounds.step + CANCELLATION
         )
-        place.images.add(image)
+        place.images.add(request.task.recipe.digest())
         return turn
 
     def step(self, rollout_id: str, text: str) -> Turn:
         """Answer a rollout. Raises `NodeError` when its node is lost or does not answer in time."""
         place, request = self._placed(rollout_id)
-        return self._wait(
+        turn = self._wait(
             rollout_id,
             lambda: place.handle.step(rollout_id, text),
-            request.bounds.step + _ending(request),
+            request.bounds.step + request.ending_seconds,
         )
+        return self._settled(request, place, turn)
 
     def close(self, rollout_id: str, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Turn | None:
         """End a rollout, graded or given up (None). Idempotent."""
@@ -128,9 +125,12 @@ class Cluster(abc.ABC):
             return None
         place, request = placed
         try:
-            return self._wait(rollout_id, lambda: place.handle.close(rollout_id, grade, ended_by), _ending(request))
+            turn = self._wait(
+                rollout_id, lambda: place.handle.close(rollout_id, grade, ended_by), request.ending_seconds
+            )
         finally:
             self._forget(rollout_id)
+        return None if turn is None else self._settled(request, place, turn)
 
     @abc.abstractmethod
     def status(self) -> list[NodeStatus]:
@@ -148,6 +148,31 @@ class Cluster(abc.ABC):
     def _lost(self, place: Place) -> None:
         """A call found the node dead."""
 
+    def _place(self, request: RolloutRequest, avoid: frozenset[str]) -> Place:
+        """A place for a rollout, taken."""
+        self._update()
+        with self._lock:
+            place = choose([p for p in self._places if p.alive], request.task.recipe.digest(), avoid)
+            if place.free <= 0:
+                self.oversubscribed += 1
+            place.rollouts.add(request.rollout_id)
+            self._rollouts[request.rollout_id] = (place, request)
+            return place
+
+    def _settled(self, request: RolloutRequest, place: Place, turn: Turn) -> Turn:
+        """The turn; where its grading broke, with the grade of another node, or of another process of this one."""
+        if turn.finished is None or not turn.finished.repeat:
+            return turn
+        first = turn.finished
+        logger.warning("rollout %s is graded again: %s", request.rollout_id, first.record.error)
+        again = dataclasses.replace(request, rollout_id=f"{request.rollout_id}.again")
+        other = self._place(again, frozenset([place.name]))
+        seconds = request.bounds.setup + request.ending_seconds
+        second = self._wait(again.rollout_id, lambda: other.handle.grade(again, first.patch), seconds).finished
+        if second is None:
+            raise NodeError(f"node {other.name} gave no grade for rollout {request.rollout_id}")
+        return Turn([], _together(first, second))
+
     def _placed(self, rollout_id: str) -> tuple[Place, RolloutRequest]:
         with self._lock:
             if rollout_id not in self._rollouts:
@@ -158,6 +183,13 @@ class Cluster(abc.ABC):
         """The call's result; whatever ends the rollout also ends our record of it."""
         place, _ = self._placed(rollout_id)
         try:
+            return self._answer(place, rollout_id, call, seconds)
+        except NodeError as error:
+            error.node = place.name
+            raise
+
+    def _answer(self, place: Place, rollout_id: str, call: Callable[[], Future[T]], seconds: float) -> T:
+        try:
             turn = call().result(seconds + MARGIN)
             if isinstance(turn, MiniSandboxError):
                 raise turn
@@ -167,7 +199,8 @@ class Cluster(abc.ABC):
         except TimeoutError:
             self._forget(rollout_id)
             place.handle.close(rollout_id, False, EndedBy.ERROR)  # it ends there whenever it can
-            raise NodeError(
+            # All that a node does has deadlines of its own, so that a process of it hangs as a whole.
+            raise WorkerLost(
                 f"node {place.name} did not answer for rollout {rollout_id} within {seconds + MARGIN:g} s"
             ) from None
         except Exception as error:
@@ -176,7 +209,7 @@ class Cluster(abc.ABC):
                 raise NodeError(f"node {place.name} failed: {type(error).__name__}: {error}") from error
             place.alive = False
             self._lost(place)
-            raise NodeError(f"node {place.name} is lost: {str(error).splitlines()[0]}") from error
+            raise NodeLost(f"node {place.name} is lost: {str(error).splitlines()[0]}") from error
         if isinstance(turn, Turn) and turn.done:
             self._forget(rollout_id)
         return turn
@@ -352,6 +385,10 @@ class RayNode:
         _expect_ray()
         return cast("Future[Turn]", self.actor.open.remote(request).future())
 
+    def grade(self, request: RolloutRequest, patch: str) -> Future[Turn]:
+        _expect_ray()
+        return cast("Future[Turn]", self.actor.grade.remote(request, patch).future())
+
     def step(self, rollout_id: str, text: str) -> Future[Turn]:
         _expect_ray()
         return cast("Future[Turn]", self.actor.step.remote(rollout_id, text).future())
@@ -379,9 +416,30 @@ def is_lost(error: BaseException) -> bool:
     )
 
 
-def _ending(request: RolloutRequest) -> float:
-    """Seconds that a node may take to end and grade a rollout."""
-    return request.task.tests.timeout + request.bounds.grade + 2 * CANCELLATION
+def _together(first: Finished, second: Finished) -> Finished:
+    """A rollout whose grading broke, with the grade that was made of its patch elsewhere."""
+    ours = second.record.outcome is Outcome.INFRA_ERROR
+    seconds = dataclasses.replace(
+        first.record.seconds, grade=first.record.seconds.grade + second.record.seconds.grade
+    )
+    error = second.record.error
+    if second.repeat:
+        error = f"twice, on {first.record.node} and on {second.record.node}: {error}"
+    record = dataclasses.replace(
+        first.record,
+        outcome=second.record.outcome,
+        ended_by=EndedBy.ERROR if ours else first.record.ended_by,
+        reward=second.record.reward,
+        seconds=seconds,
+        error=error,
+    )
+    return dataclasses.replace(
+        second,
+        record=record,
+        repeat=False,
+        trajectory=first.trajectory,
+        history_divergence=first.history_divergence,
+    )
 
 
 def _setup(config: EnvConfig, name: str) -> NodeSetup:

@@ -25,9 +25,10 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
 from skyrl_minisandbox.cluster import Cluster, connect
 from skyrl_minisandbox.config import EnvConfig, make_config
-from skyrl_minisandbox.errors import MiniSandboxError, TaskError
+from skyrl_minisandbox.errors import MiniSandboxError, NodeError, TaskError
 from skyrl_minisandbox.policies.policy import Message
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
+from skyrl_minisandbox.rewards.fault import event_of, outcome_of, reward_of
 from skyrl_minisandbox.rollout import Finished, RolloutRequest, Turn, one_line
 from skyrl_minisandbox.tasks.task import Task
 
@@ -46,8 +47,9 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
 
     env_config: an `EnvConfig`, or a DictConfig, dataclass or dict with its keys.
     extras: `task`, a Task as JSON text, dict or Task; or `task_id`, looked up in the config's tasks.
-        `max_turns`: answers before the episode is ended and graded; SkyRL sets it. `node`: not on this
-        node where there are others (a retry).
+        `max_turns`: answers before the episode is ended and graded; SkyRL sets it. A retry of a row that was an
+        `infra_error` has `node`, of its record: not on this node where there are others; and `before`, the
+        `event` of its metadata: what our processes die of twice is scored (see rewards/fault.py).
 
     Raises `InputError` here and nowhere later, for a config that cannot be.
     """
@@ -88,7 +90,7 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
         """Hand the model's text over; the scaffold's next messages, or the end with its reward.
 
         `metadata` at the end: `record` (the line of results.jsonl), `patch`, `tests`, `log`, `report` (the whole
-        TestReport as JSON, None when nothing was graded), `trajectory`.
+        TestReport as JSON, None when nothing was graded), `trajectory`, `event` (why nothing could be graded).
         """
         self.turns += 1
         if self.finished is None:
@@ -154,7 +156,7 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
             rollout_id=self.rollout_id,
             task=task,
             scaffold=config.scaffold,
-            reward=config.reward.name,
+            reward=config.reward,
             grading=config.grading,
             limits=config.sandbox.limits(),
             allow_degraded=tuple(config.sandbox.allow_degraded),
@@ -162,6 +164,7 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
             pool=config.sandbox.pool,
             bounds=config.rollout,
             max_turns=self.max_turns,
+            before=str(self.extras.get("before") or ""),
         )
 
     def _end(self, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> None:
@@ -175,21 +178,23 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
             self.finished = turn.finished
 
     def _failed(self, error: Exception) -> Turn:
-        """A finished turn for what never ran properly: no number."""
+        """A finished turn for what never ran properly: no number, unless the row does the same again."""
         if not isinstance(error, MiniSandboxError):
             logger.error("rollout %s: %r", self.rollout_id, error, exc_info=error)
+        event = event_of(error)
+        outcome = outcome_of(event, str(self.extras.get("before") or ""))
         record = RolloutRecord(
             rollout_id=self.rollout_id or f"unknown.{uuid.uuid4().hex[:12]}",
             task_id=self.task.id if self.task is not None else str(self.extras.get("task_id", "")),
-            outcome=Outcome.INFRA_ERROR,
+            outcome=outcome,
             ended_by=EndedBy.ERROR,
-            reward=None,
+            reward=reward_of(outcome),
             turns=self.turns,
             seconds=Seconds(),
-            node="",
+            node=error.node if isinstance(error, NodeError) else "",
             error=one_line(error),
         )
-        return Turn([], Finished(record))
+        return Turn([], Finished(record, event=str(event)))
 
     def _reward(self) -> float:
         """The number for SkyRL's slot, which cannot be empty."""

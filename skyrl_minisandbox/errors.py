@@ -61,6 +61,10 @@ class MachineError(MiniSandboxError):
     exit_code = 3
 
 
+class DiskFull(MachineError):
+    """A disk of this machine has no room for what we write to it."""
+
+
 class SandboxError(MiniSandboxError):
     """A sandbox could not be made or did not answer as it must. Ours, never the agent's."""
 
@@ -86,4 +90,21 @@ class PolicyError(MiniSandboxError):
 
 
 class NodeError(MiniSandboxError):
-    """A node, or a worker process of it, is gone or did not answer in time."""
+    """A node, or a worker process of it, is gone or did not answer in time.
+
+    node: its name, where whoever raised it knew; it does not cross processes.
+    """
+
+    node = ""
+
+
+class NodeLost(NodeError):
+    """A whole node is gone, with every rollout on it."""
+
+
+class WorkerLost(NodeError):
+    """A worker process ended by itself, with every rollout in it."""
+
+
+class OutOfMemory(NodeError):
+    """The machine had no memory left and killed a process of ours for it."""

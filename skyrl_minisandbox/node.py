@@ -6,7 +6,9 @@
        └───────── ended by itself (crash, out of memory) ──────────────> gone
 
 A worker that drains or is gone is replaced at once. Its rollouts, where it is gone, are lost with a
-`NodeError`: the caller decides whether that is tried again elsewhere.
+`WorkerLost`: the caller decides whether that is tried again elsewhere. What is tried again because a process of ours
+died, and a grading that is repeated, has a worker of its own that drains from the start: what happens to it then is
+nobody else's doing, and does nothing to others.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from skyrl_minisandbox.claims import Claim, sweep
-from skyrl_minisandbox.errors import MiniSandboxError, NodeError
+from skyrl_minisandbox.errors import MiniSandboxError, NodeError, OutOfMemory, WorkerLost
 from skyrl_minisandbox.record import EndedBy
+from skyrl_minisandbox.rewards.fault import needs_its_own_worker
 from skyrl_minisandbox.rollout import RolloutRequest, Turn
+from skyrl_minisandbox.sandbox.cgroup_places import memory_counter
+from skyrl_minisandbox.sandbox.limits import read_oom_kills
 from skyrl_minisandbox.worker import NOTICE, STUCK, WorkerSetup
 
 logger = logging.getLogger(__name__)
@@ -97,14 +102,13 @@ class Node:
 
     def open(self, request: RolloutRequest) -> Future[Turn]:
         """Start a rollout on the worker with the fewest; beyond `slots` too (the caller decides)."""
-        with self._lock:
-            if self._ended:
-                raise NodeError(f"node {self.setup.name} has ended")
-            self._replenish()
-            worker = min((w for w in self._workers if not w.draining), key=lambda w: w.rollouts)
-            worker.rollouts += 1
-            self._leases[request.rollout_id] = worker
+        worker = self._lease(request, alone=needs_its_own_worker(request.before))
         return self._watched(request.rollout_id, worker.call("open", request))
+
+    def grade(self, request: RolloutRequest, patch: str) -> Future[Turn]:
+        """Only grade a patch, by a worker process of its own."""
+        worker = self._lease(request, alone=True)
+        return self._watched(request.rollout_id, worker.call("grade", request, patch))
 
     def step(self, rollout_id: str, text: str) -> Future[Turn]:
         """Answer a rollout's question."""
@@ -142,6 +146,20 @@ class Node:
 
     # -- leases -----------------------------------------------------------------------------------
 
+    def _lease(self, request: RolloutRequest, *, alone: bool) -> WorkerProcess:
+        with self._lock:
+            if self._ended:
+                raise NodeError(f"node {self.setup.name} has ended")
+            self._replenish()
+            if alone:
+                worker = self._start()
+                worker.draining = True
+            else:
+                worker = min((w for w in self._workers if not w.draining), key=lambda w: w.rollouts)
+            worker.rollouts += 1
+            self._leases[request.rollout_id] = worker
+            return worker
+
     def _leased(self, rollout_id: str) -> WorkerProcess:
         with self._lock:
             if rollout_id not in self._leases:
@@ -175,10 +193,16 @@ class Node:
         if self._ended:
             return
         for _ in range(self.setup.workers - sum(not worker.draining for worker in self._workers)):
-            self._started += 1
-            setup = WorkerSetup(self.setup.name, self.setup.store, self.setup.cache, self.setup.sys_path)
-            log = self.logs / f"worker-{self._started}.log"
-            self._workers.append(WorkerProcess(setup, log, self._gone, self._stuck))
+            self._start()
+
+    def _start(self) -> WorkerProcess:
+        """One more. Called with the lock held."""
+        self._started += 1
+        setup = WorkerSetup(self.setup.name, self.setup.store, self.setup.cache, self.setup.sys_path)
+        log = self.logs / f"worker-{self._started}.log"
+        worker = WorkerProcess(setup, log, self._gone, self._stuck)
+        self._workers.append(worker)
+        return worker
 
     def _gone(self, worker: WorkerProcess) -> None:
         with self._lock:
@@ -233,7 +257,7 @@ class WorkerProcess:
         self._lock = threading.Lock()  # guards the three below
         self._calls: dict[int, Future[Any]] = {}
         self._last_call = NOTICE
-        self._over = ""
+        self._over: NodeError | None = None
         ours, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -246,18 +270,21 @@ class WorkerProcess:
                 start_new_session=True,  # Ctrl-C in the terminal is the owner's to handle
             )
         self.pid = self._process.pid
+        self._memory = MemoryKills(self.pid)
         self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))
         self._send(setup)
         threading.Thread(target=self._read, name=f"worker-{self.pid}", daemon=True).start()
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
-        """Ask for something; the Future gets the answer, or a `NodeError` when the process is gone."""
+        """Ask for something; the Future gets the answer, or `WorkerLost` or `OutOfMemory` when the process is gone."""
         future: Future[Any] = Future()
         with self._lock:
-            if self._over:
-                future.set_exception(NodeError(self._over))
+            if self._over is not None:
+                future.set_exception(self._over)
                 return future
+            if method in ("open", "grade"):
+                self._memory.look()
             self._last_call += 1
             call = self._last_call
             self._calls[call] = future
@@ -307,14 +334,42 @@ class WorkerProcess:
             self._process.kill()
             code = self._process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        which = f"worker process {self.pid} of node {self._setup.node}"
         with self._lock:
-            self._over = f"worker process {self.pid} of node {self._setup.node} is gone ({how}); its log: {self._log}"
+            if code == -signal.SIGKILL and self._memory.grew():
+                self._over = OutOfMemory(
+                    f"{which} was killed: no memory was left where it ran",
+                    hint="fewer rollouts at once (cluster.slots=N), or a smaller sandbox.memory",
+                )
+            else:
+                self._over = WorkerLost(f"{which} is gone ({how}); its log: {self._log}")
             calls, self._calls = self._calls, {}
             self._connection.close()
             self._socket.close()
         self._on_gone(self)
         for future in calls.values():
-            future.set_exception(NodeError(self._over))
+            future.set_exception(self._over)
+
+
+class MemoryKills:
+    """How often the kernel killed something for memory in a process's own cgroup, sandboxes below it not counted.
+
+    That one of ours dies with it is a guess when several died at once, and a good one: all are killed for the same
+    reason, which is the machine's.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._path, self._count = "", -1
+
+    def look(self) -> None:
+        """Remember where the process is and what was counted there so far."""
+        self._path = memory_counter(self._pid)
+        self._count = read_oom_kills(self._path)
+
+    def grew(self) -> bool:
+        """Whether something was killed since; False where nothing counts."""
+        return read_oom_kills(self._path) > self._count >= 0
 
 
 class NodeActor:
@@ -331,6 +386,9 @@ class NodeActor:
 
     async def open(self, request: RolloutRequest) -> Turn | MiniSandboxError:
         return await _outcome(lambda: self._node.open(request))
+
+    async def grade(self, request: RolloutRequest, patch: str) -> Turn | MiniSandboxError:
+        return await _outcome(lambda: self._node.grade(request, patch))
 
     async def step(self, rollout_id: str, text: str) -> Turn | MiniSandboxError:
         return await _outcome(lambda: self._node.step(rollout_id, text))

@@ -8,12 +8,9 @@ The scaffold runs in a thread of its own and asks an `InvertedPolicy`; `step` an
     the caller closes early (context is full) ended_by=length      graded when asked for
     the scaffold raises                       ended_by=error       graded if there is a patch
 
-Fault: what a command inside can bring about is scored, never masked, or the policy learns to break
-its sandbox to escape a 0. What none can bring about (image, node, our own code before the first
-answer) is `infra_error`, whose reward is None. A sandbox that is gone is probed once: if a new one
-from the same image works, the agent ended its own; if not, the node is at fault.
-What the rule misses: a scaffold with a fault of its own that shows only after the first answer is
-scored as `agent_error`. That side was chosen because answers can provoke such faults.
+What a failure is worth is decided by the table of rewards/fault.py. A sandbox that is gone is probed once: if a
+new one from the same image works, it ended by what was done in it; if not, the machine is at fault. A grading whose
+sandbox ended, or that did not end, is the caller's to repeat once on another node (`Finished.repeat`, `Rollout.grade`).
 """
 
 from __future__ import annotations
@@ -21,11 +18,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
+import select
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from skyrl_minisandbox.config import GradingConfig, RolloutConfig, ScaffoldConfig
+from skyrl_minisandbox.config import GradingConfig, RewardConfig, RolloutConfig, ScaffoldConfig
 from skyrl_minisandbox.errors import (
     InputError,
     MiniSandboxError,
@@ -38,6 +38,8 @@ from skyrl_minisandbox.errors import (
 from skyrl_minisandbox.policies.inverted import InvertedPolicy
 from skyrl_minisandbox.policies.policy import Message, PolicyStopped
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
+from skyrl_minisandbox.rewards import fault
+from skyrl_minisandbox.rewards.fault import Event
 from skyrl_minisandbox.sandbox.spec import Limits
 from skyrl_minisandbox.tasks.task import Task
 
@@ -55,6 +57,12 @@ logger = logging.getLogger(__name__)
 CANCELLATION = 10.0
 """Seconds that a scaffold's thread has to end once its sandbox is gone; after that its worker is given up."""
 
+PROBE = 60.0
+"""Seconds that the look whether a node is healthy may take."""
+
+LAST_MOMENT = 1.0
+"""Seconds from the end of a launcher's first sandbox to its own."""
+
 LOG_KEPT = 256 << 10
 """Characters of a test log that travel to the driver: the tail, where test runners put their summary."""
 
@@ -66,12 +74,13 @@ class RolloutRequest:
     rollout_id: unique in the cluster for all time.
     max_turns: answers before the end; 0: no bound.
     on_disk: what its sandboxes write goes to disk. pool: sandboxes kept ready for its image; 0: none.
+    before: the event (`rewards.fault`) that ended the same row's earlier try elsewhere; "" for a first try.
     """
 
     rollout_id: str
     task: Task
     scaffold: ScaffoldConfig
-    reward: str = "binary"
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     grading: GradingConfig = dataclasses.field(default_factory=GradingConfig)
     limits: Limits = dataclasses.field(default_factory=Limits)
     allow_degraded: tuple[str, ...] = ()
@@ -79,6 +88,18 @@ class RolloutRequest:
     max_turns: int = 0
     on_disk: bool = False
     pool: int = 0
+    before: str = ""
+
+    @property
+    def grading_seconds(self) -> float:
+        """The most that one grading may take: the tests, each retry of theirs, and all else."""
+        runs = 1 + (self.grading.retries if self.grading.mode == "protected" else 0)
+        return self.task.tests.timeout * runs + self.bounds.grade
+
+    @property
+    def ending_seconds(self) -> float:
+        """The most that a node takes to end a rollout: its scaffold, its patch, its grade, a probe after each."""
+        return CANCELLATION + self.bounds.grade + self.grading_seconds + 2 * PROBE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +111,9 @@ class Finished:
     report: the whole TestReport as JSON, with that log; None when nothing was graded.
     trajectory: JSON-able; holds nothing of the hidden tests or the gold patch.
     history_divergence: messages that the scaffold took back although the trainer keeps them.
+    event: why nothing could be graded, a value of `rewards.fault.Event`; "" where there is a grade.
+    repeat: the grading broke on a node that is healthy. Its outcome stands only if the same patch does that again
+        elsewhere; `Cluster` sees to it.
     """
 
     record: RolloutRecord
@@ -99,6 +123,8 @@ class Finished:
     report: dict[str, Any] | None = None
     trajectory: dict[str, Any] = dataclasses.field(default_factory=dict)
     history_divergence: int = 0
+    event: str = ""
+    repeat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +152,10 @@ class Rollout:
         self.stuck = False  # its scaffold ignored the cancellation: the worker cannot be trusted any more
         self._store, self._cache, self._node, self._pools = store, cache, node, pools
         self._serial = threading.Lock()  # one of open, step, close at a time
-        self._boxes = threading.Lock()  # guards _sandboxes and _aborted
+        self._boxes = threading.Lock()  # guards the three below
         self._sandboxes: list[Sandbox] = []
         self._aborted = False
+        self._overdue = False  # what is under way has no time left
         self._policy = InvertedPolicy(patience=request.bounds.idle)
         self._ready = threading.Event()  # the sandbox is there, or will never be
         self._launcher: LauncherClient | None = None  # one for all its sandboxes, so that its death shows
@@ -192,6 +219,20 @@ class Rollout:
                 return self._finish(EndedBy.TIME)
             return Turn(messages)
 
+    def grade(self, patch: str) -> Turn:
+        """Only grade `patch`, which another rollout left. Instead of `open`; never raises, as there."""
+        with self._serial:
+            try:
+                self._set_up()
+                return self._graded(patch, EndedBy.SUBMIT, "")
+            except Exception as failure:
+                return self._fail(failure)
+            finally:
+                self._ready.set()
+                self._policy.end()
+                self._close_sandboxes()
+                self._release()
+
     def close(self, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Turn | None:
         """End it now: graded, or given up (None). Idempotent; a finished rollout gives its end again."""
         if not grade:
@@ -216,15 +257,10 @@ class Rollout:
     # -- the scaffold's thread --------------------------------------------------------------------
 
     def _work(self) -> None:
-        from skyrl_minisandbox.sandbox.client import shared
-
         request = self.request
         try:
             scaffold = make_scaffold(request.scaffold)
-            started = time.monotonic()
-            self._launcher = shared()
-            self._checkout = self._check_out()
-            self._seconds.checkout = time.monotonic() - started
+            self._set_up()
             started = time.monotonic()
             sandbox = self._open_sandbox()
             self._seconds.create = time.monotonic() - started
@@ -245,6 +281,14 @@ class Rollout:
             if self._aborted or isinstance(self._error, PolicyError):
                 self._close_sandboxes()
                 self._release()
+
+    def _set_up(self) -> None:
+        from skyrl_minisandbox.sandbox.client import shared
+
+        started = time.monotonic()
+        self._launcher = shared()
+        self._checkout = self._check_out()
+        self._seconds.checkout = time.monotonic() - started
 
     def _check_out(self) -> Checkout:
         task = self.request.task
@@ -274,7 +318,7 @@ class Rollout:
             except SandboxGone as gone:
                 if not self._node_is_healthy():
                     raise
-                return self._ungraded(ended_by, error or one_line(gone))
+                return self._ungraded(Event.SANDBOX_ENDED, ended_by, error or one_line(gone))
             if self._sandbox is not None:
                 self._sandbox.close()  # the agent's sandbox goes before grading starts
             return self._graded(patch, ended_by, error)
@@ -289,62 +333,114 @@ class Rollout:
             return submission.patch
         from skyrl_minisandbox.rewards.patch import patch_from_upper
 
-        assert self._sandbox is not None
-        return patch_from_upper(self._sandbox, self._open_sandbox, self.request.task.recipe.workdir)
+        sandbox, workdir = self._sandbox, self.request.task.recipe.workdir
+        assert sandbox is not None
+        with self._in_time("taking the patch", self.request.bounds.grade):
+            return patch_from_upper(sandbox, self._open_sandbox, workdir)
 
     def _graded(self, patch: str, ended_by: EndedBy, error: str) -> Turn:
         from skyrl_minisandbox.rewards import load_reward
 
-        report = self._grade(patch)
-        if report.sandbox_died:  # the patch can do that, and so can a machine in trouble: once more decides
+        request = self.request
+        reward = load_reward(request.reward.name, **request.reward.options)
+        report = self._verdict(patch)
+        if report.sandbox_died and not self._node_is_healthy():
+            raise SandboxGone(report.error)
+        return self._end(
+            report.outcome,
+            ended_by,
+            reward(report),
+            error or report.error,
+            patch=patch,
+            report=report,
+            repeat=report.sandbox_died,
+        )
+
+    def _verdict(self, patch: str) -> TestReport:
+        """The grade; where `reward.memo` allows it, one that this node gave the same patch before."""
+        request, checkout = self.request, self._checkout
+        if not request.reward.memo or checkout is None:
+            return self._grade(patch)
+        from skyrl_minisandbox.rewards.memo import memo_at, memo_key
+
+        memo = memo_at(self._cache.path / "memo")
+        key = memo_key(
+            request.task, checkout.image.digest, patch, grading=request.grading, limits=request.limits
+        )  # fmt: skip
+        report = memo.get(key)
+        if report is None:
             report = self._grade(patch)
-        reward = load_reward(self.request.reward)(report)
-        return self._end(report.outcome, ended_by, reward, error or report.error, patch=patch, report=report)
+            memo.put(key, report)
+        return report
 
     def _grade(self, patch: str) -> TestReport:
-        """Grade within its time; a grading that hangs is ours, as the tests have a limit of their own."""
-        from skyrl_minisandbox.rewards import grade
+        """Grade within its time. Too late is as good as dead: each step has a limit of its own, so that only a patch
+        that makes every one of them slow comes here, or a machine in trouble."""
+        from skyrl_minisandbox.rewards import TestReport, grade
 
-        task = self.request.task
-        limit = task.tests.timeout + self.request.bounds.grade
+        request = self.request
+        started = time.monotonic()
+        try:
+            with self._in_time(f"grading task {request.task.id}", request.grading_seconds):
+                return grade(request.task, patch, self._open_sandbox, grading=request.grading)
+        except _Late as late:
+            outcome, mode = fault.outcome_of(Event.GRADING_LATE), request.grading.mode
+            return TestReport(outcome, error=late.message, sandbox_died=True, grading=mode)
+        finally:
+            self._seconds.grade += time.monotonic() - started
+
+    @contextlib.contextmanager
+    def _in_time(self, what: str, seconds: float) -> Iterator[None]:
+        """End every sandbox when the block is not through after `seconds`, and let it have no other. Raises `_Late`
+        then."""
         late = threading.Event()
 
         def end() -> None:
-            late.set()
+            with self._boxes:
+                late.set()
+                self._overdue = True
             self._close_sandboxes()
 
-        watchdog = threading.Timer(limit, end)
+        watchdog = threading.Timer(seconds, end)
         watchdog.daemon = True
-        started = time.monotonic()
         watchdog.start()
         try:
-            report = grade(task, patch, self._open_sandbox, grading=self.request.grading)
-        except SandboxGone:
-            if late.is_set():
-                raise NodeError(f"grading task {task.id} took more than {limit:g} s") from None
-            raise
+            yield
+        except Exception:
+            if not late.is_set():
+                raise
         finally:
             watchdog.cancel()
-            self._seconds.grade += time.monotonic() - started
+            with self._boxes:
+                self._overdue = False
         if late.is_set():
-            raise NodeError(f"grading task {task.id} took more than {limit:g} s")
-        return report
+            raise _Late(f"{what} took more than {seconds:g} s")
 
-    def _ungraded(self, ended_by: EndedBy, error: str) -> Turn:
-        limited = ended_by in (EndedBy.TIME, EndedBy.TURN_LIMIT, EndedBy.LENGTH)
-        return self._end(Outcome.AGENT_LIMIT if limited else Outcome.AGENT_ERROR, ended_by, 0.0, error)
+    def _ungraded(self, event: Event, ended_by: EndedBy, error: str) -> Turn:
+        if ended_by in (EndedBy.TIME, EndedBy.TURN_LIMIT, EndedBy.LENGTH):
+            event = Event.TIME_LIMIT
+        outcome = fault.outcome_of(event)
+        return self._end(outcome, ended_by, fault.reward_of(outcome), error, event=event)
 
     def _fail(self, error: BaseException) -> Turn:
-        """Ours: no number comes out of it."""
+        """Nothing could be graded, for a reason of ours unless the same row brings it about again."""
         if self._aborted and isinstance(error, SandboxError):
             error = NodeError("the rollout was given up")
-        turn = self._end(Outcome.INFRA_ERROR, EndedBy.ERROR, None, one_line(error))
+        event = self._event_of(error)
+        outcome = fault.outcome_of(event, self.request.before)
+        turn = self._end(outcome, EndedBy.ERROR, fault.reward_of(outcome), one_line(error), event=event)
         self.abort()
         if isinstance(error, StoreError):
             # A tree of the cache may be damaged below what a checkout looks at: the next one makes it anew.
             for layer in self._cache.verify():
                 logger.error("rollout %s: layer %s of the cache was damaged", self.request.rollout_id, layer)
         return turn
+
+    def _event_of(self, error: BaseException) -> Event:
+        """The row of the table: what an exception says, and what can be seen beside it."""
+        if isinstance(error, SandboxError) and self._launcher is not None and has_ended(self._launcher):
+            return Event.LAUNCHER_LOST
+        return fault.event_of(error)
 
     def _end(
         self,
@@ -355,6 +451,8 @@ class Rollout:
         *,
         patch: str = "",
         report: TestReport | None = None,
+        event: Event | None = None,
+        repeat: bool = False,
     ) -> Turn:
         request = self.request
         record = RolloutRecord(
@@ -389,6 +487,8 @@ class Rollout:
                 report=whole,
                 trajectory=trajectory,
                 history_divergence=self._policy.history_divergence,
+                event=str(event or ""),
+                repeat=repeat,
             ),
         )
         return self._turn
@@ -410,7 +510,7 @@ class Rollout:
         else:
             sandbox = Sandbox(wanted.spec(checkout), self._launcher)
         with self._boxes:
-            if not self._aborted:
+            if not (self._aborted or self._overdue):
                 self._sandboxes.append(sandbox)
                 return sandbox
         sandbox.close()
@@ -445,6 +545,22 @@ class Rollout:
             checkout, self._checkout = self._checkout, None
         if checkout is not None:
             checkout.release()
+
+
+class _Late(SandboxGone):
+    """Its sandboxes were closed by us, because what they did took too long."""
+
+
+def has_ended(launcher: LauncherClient) -> bool:
+    """Whether it is dead. Its sandboxes may be seen to end a moment before it can be seen itself."""
+    try:
+        process = os.pidfd_open(launcher.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return not launcher.alive or bool(select.select([process], [], [], LAST_MOMENT)[0])
+    finally:
+        os.close(process)
 
 
 def make_scaffold(config: ScaffoldConfig) -> Scaffold:

@@ -62,6 +62,15 @@ class Worker:
 
     def open(self, request: RolloutRequest) -> Turn:
         """Start a rollout and run it to its scaffold's first question."""
+        rollout = self._new(request)
+        return self._guarded(rollout, rollout.open)
+
+    def grade(self, request: RolloutRequest, patch: str) -> Turn:
+        """Only grade a patch."""
+        rollout = self._new(request)
+        return self._guarded(rollout, lambda: rollout.grade(patch))
+
+    def _new(self, request: RolloutRequest) -> Rollout:
         store, cache, pools = self._places()
         rollout = Rollout(request, store=store, cache=cache, node=self._setup.node, pools=pools)
         with self._lock:
@@ -70,7 +79,7 @@ class Worker:
             if request.rollout_id in self._rollouts:
                 raise NodeError(f"rollout {request.rollout_id} is open already")
             self._rollouts[request.rollout_id] = rollout
-        return self._guarded(rollout, rollout.open)
+        return rollout
 
     def step(self, rollout_id: str, text: str) -> Turn:
         """Answer a rollout's question."""
@@ -155,6 +164,7 @@ def serve(connection: Connection) -> None:
     threading.Thread(target=_warm_up, name="warm-up", daemon=True).start()
     methods: dict[str, Callable[..., Any]] = {
         "open": worker.open,
+        "grade": worker.grade,
         "step": worker.step,
         "close": worker.close,
         "end": worker.end,

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from skyrl_minisandbox.errors import MachineError
+from skyrl_minisandbox.errors import DiskFull
 
 
 @contextlib.contextmanager
@@ -159,7 +159,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def disk_room(directory: Path) -> Iterator[None]:
-    """Turn a full disk (or quota) into a `MachineError` that names the directory."""
+    """Turn a full disk (or quota) into a `DiskFull` that names the directory."""
     try:
         yield
     except OSError as error:
@@ -173,9 +173,9 @@ def _copy_ran_out(error: OSError) -> bool:
     return isinstance(error, shutil.Error) and os.strerror(errno.ENOSPC) in str(error)
 
 
-def full_disk(directory: Path) -> MachineError:
+def full_disk(directory: Path) -> DiskFull:
     """The error of a full disk at `directory`."""
-    return MachineError(
+    return DiskFull(
         f"no room left on the disk that holds {directory}",
         hint=f"free some (`df -h {directory}`), or name another place: images.cache=DIR, images.store=DIR",
     )

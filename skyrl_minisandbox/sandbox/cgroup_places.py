@@ -41,10 +41,10 @@ class _Mount(NamedTuple):
     options: frozenset[str]  # of the superblock: on v1 the controllers
 
 
-def _own_paths(proc: str) -> dict[str, str]:
-    """Controller list -> path of this process's cgroup, from /proc/self/cgroup ("" is v2)."""
+def _own_paths(proc: str, pid: str = "self") -> dict[str, str]:
+    """Controller list -> path of a process's cgroup, this one's by default, from /proc/PID/cgroup ("" is v2)."""
     paths = {}
-    for line in _text(f"{proc}/self/cgroup").splitlines():
+    for line in _text(f"{proc}/{pid}/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         paths[controllers] = path
     return paths
@@ -93,6 +93,22 @@ def find_places(proc: str = "/proc") -> tuple[list[Place], list[str]]:
             sweep(place.directory, proc)
             places.append(place)
     return places, reasons
+
+
+def memory_counter(pid: int, proc: str = "/proc") -> str:
+    """The file that counts what was killed for memory in the cgroup of a process, those below it not; "" without."""
+    try:
+        own = _own_paths(proc, str(pid))
+        for mount in _mounts(proc):
+            name = "memory.events.local" if mount.v2 else "memory.oom_control"
+            key = "" if mount.v2 else next((k for k in own if "memory" in k.split(",")), None)
+            if key in own and (mount.v2 or "memory" in mount.options):
+                path = f"{_below(mount, own[key])}/{name}"
+                if os.path.exists(path):
+                    return path
+    except (OSError, ValueError):
+        pass  # it has ended
+    return ""
 
 
 def _v2(point: str, here: str) -> tuple[Place | None, str]:
