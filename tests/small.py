@@ -60,6 +60,7 @@ def small_task(task_id: str = "small-1", *, timeout: float = 30.0) -> Task:
             patch=_CHECK,
             files=("check.sh",),
             command="bash check.sh",
+            runner="command",
             fail_to_pass=("check.sh::answer",),
             pass_to_pass=("check.sh::other",),
             timeout=timeout,
