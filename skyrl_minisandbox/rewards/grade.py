@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from skyrl_minisandbox.config import GradingConfig
 from skyrl_minisandbox.errors import SandboxGone, StoreError
@@ -22,6 +22,7 @@ from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards import channel, official, restore
 from skyrl_minisandbox.rewards.apply import apply_patch
 from skyrl_minisandbox.rewards.canaries import Planned, plant
+from skyrl_minisandbox.rewards.compiles import compiles
 from skyrl_minisandbox.rewards.judge import Judged, judge
 from skyrl_minisandbox.rewards.report import TestReport
 from skyrl_minisandbox.sandbox import CommandResult, Sandbox
@@ -39,6 +40,7 @@ def grade(
     grading: GradingConfig | None = None,
     run_empty: bool = False,
     timeout: float | None = None,
+    needs: Collection[str] = (),
 ) -> TestReport:
     """Judge `patch` by the task's tests.
 
@@ -46,12 +48,13 @@ def grade(
     grading: how; the default of the configuration (`protected`) when None.
     run_empty: run the tests even though the patch is empty (validation); otherwise that is `empty_patch`.
     timeout: seconds for the test command, the task's own when None.
+    needs: fields of the report to fill although no test does (`Reward.needs`): `compiled`.
 
     Raises `SandboxError` when no sandbox can be had, `TaskError` when the task's test patch does not fit
     its own image, `StoreError` when git cannot be run in it. Nothing that the patch does is an exception.
     """
     how, limit = grading or GradingConfig(), task.tests.timeout if timeout is None else timeout
-    return _Grading(task, patch, open_sandbox, how, limit).grade(run_empty)
+    return _Grading(task, patch, open_sandbox, how, limit, needs).grade(run_empty)
 
 
 class _Stopped(Exception):
@@ -66,12 +69,15 @@ class _Grading:
     """One patch on its way to a report."""
 
     def __init__(
-        self, task: Task, patch: str, open_sandbox: Opener, grading: GradingConfig, timeout: float
+        self, task: Task, patch: str, open_sandbox: Opener, grading: GradingConfig, timeout: float,
+        needs: Collection[str],
     ) -> None:  # fmt: skip
         self._task, self._patch, self._open, self._how, self._timeout = task, patch, open_sandbox, grading, timeout
         self._started = time.monotonic()
         self._asked = (*task.tests.fail_to_pass, *task.tests.pass_to_pass)
         self._restored: tuple[str, ...] = ()
+        self._look_at_code = "compiled" in needs and bool(patch.strip())
+        self._compiled: bool | None = None
 
     def grade(self, run_empty: bool) -> TestReport:
         if not self._patch.strip() and not run_empty:
@@ -157,6 +163,9 @@ class _Grading:
             if not applied.ok:
                 raise _Stopped(Outcome.PATCH_FAILED, applied.error, applied.log)
         try:
+            if self._look_at_code:  # as the patch has it, before anything is put back; once
+                self._look_at_code = False
+                self._compiled = compiles(sandbox, self._patch, task.recipe.workdir)
             if self._how.mode == "official":
                 restore.restore_tests(task, sandbox)
             else:
@@ -229,6 +238,7 @@ class _Grading:
             canaries=judged.canaries if judged is not None else (),
             retries={name: tuple(verdicts) for name, verdicts in (retries or {}).items()},
             dropped=tests.flaky,
+            compiled=self._compiled,
             restored=self._restored,
             notes=judged.notes if judged is not None else (),
         )

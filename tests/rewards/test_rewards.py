@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from skyrl_minisandbox.cli.settings import load_settings
 from skyrl_minisandbox.cli.tree import groups
+from skyrl_minisandbox.config import GradingConfig
 from skyrl_minisandbox.errors import InputError, PluginError
 from skyrl_minisandbox.record import Outcome
-from skyrl_minisandbox.rewards import REWARDS, Canary, TestReport, load_reward
+from skyrl_minisandbox.rewards import REWARDS, Canary, TestReport, grade, load_reward
 from skyrl_minisandbox.rewards.compiles import compiles
 from tests.rewards.conftest import Opener
-from tests.rewards.test_grade import GOLD, new_file
+from tests.rewards.test_grade import GOLD, new_file, task
 
 RIGHT = (Canary("a", "pass", "PASSED"), Canary("b", "fail", "FAILED"))
 
@@ -348,6 +349,23 @@ class TestCompiles:
         )
         assert ask(renamed.format("a = 2")) is True
         assert ask(renamed.format("a = (")) is False
+
+    @pytest.mark.parametrize("mode", ["protected", "official"])
+    @pytest.mark.parametrize(("source", "answer"), [("x = 1\n", True), ("x = = 1\n", False)])
+    def test_grading_looks_when_a_reward_asks(self, open_sandbox: Opener, mode: str, source: str, answer: bool) -> None:
+        how = GradingConfig(mode=mode)
+        patch = GOLD.replace("+ONE", "+OTHER") + new_file("pkg/new.py", source)
+        reward = load_reward("shaped")
+        graded = grade(task(), patch, open_sandbox, grading=how, needs=reward.needs)
+        assert (graded.outcome, graded.compiled) == (Outcome.UNRESOLVED, answer)
+        assert reward(graded) == pytest.approx(0.2 if answer else 0.1)
+        assert grade(task(), patch, open_sandbox, grading=how).compiled is None
+
+    def test_an_empty_patch_or_one_that_does_not_apply_is_not_looked_at(self, open_sandbox: Opener) -> None:
+        needs = ("compiled",)
+        assert grade(task(), "", open_sandbox, run_empty=True, needs=needs).compiled is None
+        failed = grade(task(), GOLD.replace("-one", "-two") + new_file("n.py", "x"), open_sandbox, needs=needs)
+        assert (failed.outcome, failed.compiled) == (Outcome.PATCH_FAILED, None)
 
     def test_nothing_of_the_patch_runs(self, ask: Callable[[str], bool | None]) -> None:
         """Neither what Python would import at its start from the workdir, nor what the files do when imported."""
