@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from skyrl_minisandbox.rewards import canary_bodies
+from skyrl_minisandbox.rewards.canary_borrowed import Borrower, called
 from skyrl_minisandbox.rewards.canary_places import Place, find_places
 from skyrl_minisandbox.rewards.canary_words import Words
 from skyrl_minisandbox.tasks.task import Tests
@@ -73,8 +74,20 @@ class _Garden:
         self._places = find_places(runner, {path: file.module for path, file in self._files.items()}, tests)
         listed = {word for name in (*tests.pass_to_pass, *tests.fail_to_pass) for word in re.findall(r"\w+", name)}
         self._taken = listed | {word for text in sources.values() for word in re.findall(r"\btest\w*", text)}
+        self._sought = self._called_by_hidden(tests)
         self._words: dict[str, Words] = {}
         self._canaries: list[Planned] = []
+
+    def _called_by_hidden(self, tests: Tests) -> frozenset[str]:
+        names = {re.split(r"[\[ ]", name)[0].replace(":", ".").rsplit(".", 1)[-1] for name in tests.fail_to_pass}
+        return frozenset().union(
+            *(
+                called(node)
+                for file in self._files.values()
+                for node in ast.walk(file.module)
+                if isinstance(node, ast.FunctionDef) and node.name in names
+            )
+        )
 
     def choose(self) -> list[tuple[str, Place]]:
         """What must come out how in which place: spread over files, first where the hidden tests are."""
@@ -83,14 +96,13 @@ class _Garden:
         places = [place for place in steady or self._places if not place.costly] or steady or self._places
         if not places:
             return []
+        lending = [place for place in places if self._lends(place)]
+        proven = [place for place in places if place.passing]
         chosen: list[tuple[str, Place]] = []
-        for must in ("fail", "pass"):
-            order = rng.sample(places, len(places))
+        for must, fit in (("fail", lending or places), ("pass", proven or places)):
+            order = rng.sample(fit, len(fit))
             if must == "fail":
                 order.sort(key=lambda place: not place.wanted)
-            else:
-                # What a place's set-up does may be broken honestly; a plain function has none.
-                order.sort(key=lambda place: not place.passing)
             spread: list[Place] = []
             while len(spread) < EACH:
                 files = {place.path for place in spread}
@@ -100,19 +112,33 @@ class _Garden:
             chosen += [(must, place) for place in spread]
         return chosen
 
-    def put(self, must: str, place: Place) -> None:
-        """One canary; none when no way of writing it leaves the rest of the file as it is."""
+    def _lends(self, place: Place) -> bool:
+        """Whether a canary there can run the tested code."""
+        file = self._files[place.path]
+        return not file.knows_its_lines and self._borrower(place).can_write()
+
+    def _borrower(self, place: Place) -> Borrower:
         file = self._files[place.path]
         words = self._words.get(place.path)
         if words is None:
             words = self._words[place.path] = Words.of(file.text, file.module, self._taken, self._rng)
             self._taken = words.taken  # one set for all files: a bare name must mean one test
         words.taken = self._taken
+        return Borrower(place, file.lines, words, self._rng, self._sought)
+
+    def put(self, must: str, place: Place) -> None:
+        """One canary; none when no way of writing it leaves the rest of the file as it is."""
+        file = self._files[place.path]
+        borrower = self._borrower(place)
+        words = borrower.words
         name = words.test_name()
-        method = place.tests[0].args.args[0].arg if place.cls is not None else ""
-        short = file.knows_its_lines
-        body = canary_bodies.write(words, self._rng, must, method, place.is_unittest, one_line=short)
-        if file.insert(place, name, method, body, self._rng):
+        body = None
+        if must == "fail" and not file.knows_its_lines:
+            body = borrower.write()
+        if body is None:
+            one_line = file.knows_its_lines
+            body = canary_bodies.write(words, self._rng, must, place.method, place.is_unittest, one_line=one_line)
+        if file.insert(place, name, body, self._rng):
             self._canaries.append(Planned(must, _names(self._runner, place, name)))
 
     def planted(self) -> Planted:
@@ -155,10 +181,10 @@ class _File:
                 return True
         return False
 
-    def insert(self, place: Place, name: str, method: str, body: Sequence[str], rng: random.Random) -> bool:
+    def insert(self, place: Place, name: str, body: Sequence[str], rng: random.Random) -> bool:
         """Add one function to the place; False when there is no room for it."""
         indent, step = self._indents(place)
-        header = f"{indent}def {name}({method}):"
+        header = f"{indent}def {name}({place.method}):"
         block = [header, *(f"{indent}{step}{line}" if line else "" for line in body)]
         if self.knows_its_lines:
             return self._keep_lines(place, block, rng)
@@ -166,7 +192,7 @@ class _File:
         at = rng.choice([*(i for i in ends if self._begins_line(place, i)), ends[-1] + 1])
         margin = 1 if place.cls is not None else 2
         if at in ends:
-            line = self._top_of(place.body[at])
+            line = self._top_of(place, at)
             self.added.append((line, [*block, *[""] * (self._blank_above(line) or margin)]))
             return True
         line = _last_line(place.body[at - 1])
@@ -188,7 +214,7 @@ class _File:
             line - 1
             for index, node in enumerate(place.body)
             if node in place.tests and index > 0
-            for line in [self._top_of(node)]
+            for line in [self._top_of(place, index)]
             if line - 1 >= _last_line(place.body[index - 1]) and not self.lines[line - 1].strip()
             if line - 1 not in self.filled
         ]
@@ -221,10 +247,11 @@ class _File:
             return True
         return _last_line(place.body[index - 1]) < _first_line(place.body[index])
 
-    def _top_of(self, node: ast.stmt) -> int:
-        """0-based line of its first decorator or of the comments right above it."""
-        line = _first_line(node) - 1
-        while line > 0 and self.lines[line - 1].lstrip().startswith("#"):
+    def _top_of(self, place: Place, index: int) -> int:
+        """0-based line of a statement's first decorator or of the comments right above it."""
+        line = _first_line(place.body[index]) - 1
+        floor = _last_line(place.body[index - 1]) if index > 0 else line
+        while line > floor and self.lines[line - 1].lstrip().startswith("#"):
             line -= 1
         return line
 

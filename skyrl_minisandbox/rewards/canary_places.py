@@ -33,7 +33,8 @@ class Place:
         unittest and django, the path for sympy.
     tests: the test functions of its own body, in order. passing: those of them that are plain, listed in
     pass-to-pass, and neither asynchronous nor decorated. wanted: its file has a fail-to-pass test.
-    costly: a test in it costs more than the call of a function.
+    costly: a test in it costs more than the call of a function. method: the name of a test's first argument, ""
+    for functions.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Place:
     passing: tuple[ast.FunctionDef, ...]
     wanted: bool
     costly: bool
+    method: str
 
     @property
     def body(self) -> list[ast.stmt]:
@@ -54,7 +56,7 @@ class Place:
     def is_unittest(self) -> bool:
         """Whether its tests speak `self.assertEqual`."""
         return self.cls is not None and any(
-            isinstance(node, ast.Attribute) and node.attr.startswith("assert") and _is_name(node.value, _first(test))
+            isinstance(node, ast.Attribute) and node.attr.startswith("assert") and _is_name(node.value, self.method)
             for test in self.tests
             for node in ast.walk(test)
         )
@@ -103,7 +105,7 @@ def _listed(runner: str, modules: Mapping[str, ast.Module], tests: Tests) -> dic
     split = {"pytest": _pytest_name, "unittest": _dotted_name, "django": _dotted_name, "sympy": _sympy_name}.get(runner)
     if split is None:
         return {}
-    where = _finder(runner, modules)
+    where = _Where(runner, modules)
     found: dict[tuple[str, str], _Listed] = {}
     for name, passes in [*((n, True) for n in tests.pass_to_pass), *((n, False) for n in tests.fail_to_pass)]:
         parts = split(name)
@@ -147,10 +149,6 @@ def _sympy_name(name: str) -> tuple[str, str, str] | None:
     return (file, "", function) if function.isidentifier() else None
 
 
-def _finder(runner: str, modules: Mapping[str, ast.Module]) -> _Where:
-    return _Where(runner, modules)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Where:
     """Finds the sources that a listed name's file or module means."""
@@ -173,14 +171,16 @@ class _Where:
 
 
 def _selects(command: str) -> bool:
-    """Whether the command picks tests by name or mark, so that one written beside them would not run."""
+    """Whether the command picks tests by name or mark, or switches assertions off: a canary would not tell."""
     try:
         words = shlex.split(command, comments=True)
     except ValueError:
         words = command.split()
     runs_tests = False
     for word in words:
-        if "::" in word or word == "-k" or word.startswith(("-k=", "--deselect-all")):
+        if word in ("-O", "-OO") or word.startswith("PYTHONOPTIMIZE="):
+            return True  # `assert` would do nothing
+        if "::" in word or word.startswith("-k"):
             return True
         if word == "-m" and runs_tests:
             return True
@@ -209,6 +209,7 @@ def _place(path: str, module: ast.Module, cls: ast.ClassDef | None, found: _List
         tests=tuple(node for node in functions if node.name.startswith(start)),
         passing=tuple(node for node in plain if node.name in found.passing and not node.decorator_list),
         wanted=wanted,
+        method="" if cls is None else plain[0].args.args[0].arg,
         costly=cls is not None and any(_COSTLY.search(ast.unparse(base)) for base in cls.bases),
     )
 
@@ -251,10 +252,6 @@ def _sets_unfit(node: ast.stmt) -> bool:
     if "__test__" in names or "disabled" in names:
         return True
     return "pytestmark" in names and bool(_UNFIT_MARKS.search(ast.unparse(node)))
-
-
-def _first(test: ast.FunctionDef) -> str:
-    return test.args.args[0].arg if test.args.args else ""
 
 
 def _is_name(node: ast.expr, name: str) -> bool:
