@@ -343,7 +343,7 @@ class Rollout:
 
         request = self.request
         reward = load_reward(request.reward.name, **request.reward.options)
-        report = self._verdict(patch)
+        report = self._verdict(patch, reward.needs)
         if report.sandbox_died and not self._node_is_healthy():
             raise SandboxGone(report.error)
         return self._end(
@@ -356,24 +356,24 @@ class Rollout:
             repeat=report.sandbox_died,
         )
 
-    def _verdict(self, patch: str) -> TestReport:
+    def _verdict(self, patch: str, needs: frozenset[str]) -> TestReport:
         """The grade; where `reward.memo` allows it, one that this node gave the same patch before."""
         request, checkout = self.request, self._checkout
         if not request.reward.memo or checkout is None:
-            return self._grade(patch)
+            return self._grade(patch, needs)
         from skyrl_minisandbox.rewards.memo import memo_at, memo_key
 
         memo = memo_at(self._cache.path / "memo")
         key = memo_key(
-            request.task, checkout.image.digest, patch, grading=request.grading, limits=request.limits
+            request.task, checkout.image.digest, patch, grading=request.grading, limits=request.limits, needs=needs
         )  # fmt: skip
         report = memo.get(key)
         if report is None:
-            report = self._grade(patch)
+            report = self._grade(patch, needs)
             memo.put(key, report)
         return report
 
-    def _grade(self, patch: str) -> TestReport:
+    def _grade(self, patch: str, needs: frozenset[str]) -> TestReport:
         """Grade within its time. Too late is as good as dead: each step has a limit of its own, so that only a patch
         that makes every one of them slow comes here, or a machine in trouble."""
         from skyrl_minisandbox.rewards import TestReport, grade
@@ -382,7 +382,7 @@ class Rollout:
         started = time.monotonic()
         try:
             with self._in_time(f"grading task {request.task.id}", request.grading_seconds):
-                return grade(request.task, patch, self._open_sandbox, grading=request.grading)
+                return grade(request.task, patch, self._open_sandbox, grading=request.grading, needs=needs)
         except _Late as late:
             outcome, mode = fault.outcome_of(Event.GRADING_LATE), request.grading.mode
             return TestReport(outcome, error=late.message, sandbox_died=True, grading=mode)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from skyrl_minisandbox import rollout as rollout_module
-from skyrl_minisandbox.config import RolloutConfig, ScaffoldConfig
+from skyrl_minisandbox.config import RewardConfig, RolloutConfig, ScaffoldConfig
 from skyrl_minisandbox.images import Cache, Store
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord
 from skyrl_minisandbox.rollout import Finished, Rollout, Turn
@@ -269,10 +269,19 @@ def broken_reward(report: Any) -> float:
 
 
 def test_a_reward_that_is_no_number_is_never_written(machine: Machine) -> None:
-    finished = play(machine.rollout(reward="tests.test_rollout.broken_reward"), SOLVE, "submit")
+    finished = play(machine.rollout(reward=RewardConfig("tests.test_rollout.broken_reward")), SOLVE, "submit")
     assert finished.record.reward is None
     assert finished.record.outcome is Outcome.INFRA_ERROR
     assert "broken_reward" in finished.record.error
+
+
+def test_a_reward_gets_its_options_and_what_it_needs(machine: Machine) -> None:
+    reward = RewardConfig("shaped", {"applies": 1, "compiles": 2, "tests": 1})
+    worth = [
+        play(machine.rollout(reward=reward), command, "submit").record.reward
+        for command in ("echo 'x = 1' > new.py", "echo 'x = = 1' > new.py", f"{SOLVE}; rm other.txt", SOLVE)
+    ]
+    assert worth == [pytest.approx(3 / 4), pytest.approx(1 / 4), pytest.approx(1 / 4 + 1 / 8), 1.0]
 
 
 def test_the_agent_and_the_trajectory_see_no_solution_and_no_hidden_test(machine: Machine) -> None:

@@ -40,7 +40,7 @@ def run(request: Request) -> int:
     out = run_directory(settings.env.out)
     check_unused(out)
     scaffold = load_scaffold(settings.env.scaffold.name, **settings.env.scaffold.options)
-    load_reward(settings.env.reward.name)
+    load_reward(settings.env.reward.name, **settings.env.reward.options)
     bench = Workbench(settings)
     tasks = bench.tasks()
     if not scaffold.privileged and settings.env.scaffold.name != "empty":
