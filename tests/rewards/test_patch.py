@@ -11,7 +11,7 @@ from skyrl_minisandbox.errors import StoreError
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards import grade, patch_from_upper
 from skyrl_minisandbox.rewards import patch as patch_module
-from skyrl_minisandbox.rewards.grade import apply_patch
+from skyrl_minisandbox.rewards.apply import apply_patch
 from skyrl_minisandbox.rewards.patch import rewrite_layer
 from skyrl_minisandbox.sandbox import Sandbox
 from tests.rewards.conftest import Opener
@@ -34,7 +34,7 @@ def state(open_sandbox: Opener, patch: str, script: str) -> str:
     """What `script` prints once the patch is applied to a fresh sandbox."""
     with open_sandbox() as sandbox:
         applied = apply_patch(sandbox, patch, "/srv")
-        assert applied.exit_code == 0, applied.output
+        assert applied.ok, applied
         return sandbox.run(script, timeout=30).output
 
 
