@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from skyrl_minisandbox.rewards.apply import GIT, GIT_ENV, as_bytes
+from skyrl_minisandbox.rewards.apply import as_bytes
+from skyrl_minisandbox.rewards.hunks import files, safe
 from skyrl_minisandbox.sandbox import Sandbox
 
 TIMEOUT = 60.0
@@ -11,14 +12,11 @@ TIMEOUT = 60.0
 _COMPILED, _BROKEN, _NOTHING = 0, 4, 3
 
 # Runs in the environment's own interpreter, from 3.6 on, without its site-packages and with nothing of the patch
-# imported. stdin: what `git apply --numstat -z` prints, `ADDED\tDELETED\tPATH\0` a file.
+# imported. stdin: paths relative to the workdir, each ended by NUL.
 _PROGRAM = f"""
 import os, stat, sys
 seen = {_NOTHING}
-for entry in sys.stdin.buffer.read().split(b"\\0"):
-    name = entry.split(b"\\t", 2)[-1]
-    if not name.endswith(b".py"):
-        continue
+for name in filter(None, sys.stdin.buffer.read().split(b"\\0")):
     try:
         if not stat.S_ISREG(os.lstat(name).st_mode):
             continue
@@ -35,11 +33,9 @@ for entry in sys.stdin.buffer.read().split(b"\\0"):
 sys.exit(seen)
 """
 
-# $@: git and its options. What git cannot read gives no names, and then nothing was looked at.
 _SCRIPT = f"""
-set -o pipefail
 python=$(command -v python || command -v python3) || exit {_NOTHING}
-"$@" apply --numstat -z - 2>/dev/null | "$python" -I -S -B -W ignore -c "$PROGRAM"
+exec "$python" -I -S -B -W ignore -c "$1"
 """
 
 
@@ -52,14 +48,25 @@ def compiles(sandbox: Sandbox, patch: str, workdir: str) -> bool | None:
 
     Raises `SandboxGone` as `Sandbox.run` does.
     """
+    names = _python_files(patch)
+    if not names:
+        return None
     result = sandbox.run(
-        ["bash", "-c", _SCRIPT, "compiles", *GIT],
-        input=as_bytes(patch if patch.endswith("\n") else patch + "\n"),
+        ["bash", "-c", _SCRIPT, "compiles", _PROGRAM],
+        input=b"".join(as_bytes(name) + b"\0" for name in sorted(names)),
         cwd=workdir,
-        env={**GIT_ENV, "PROGRAM": _PROGRAM},
         timeout=TIMEOUT,
     )
     if result.exit_code == _COMPILED and not result.timed_out:
         return True
-    killed = result.timed_out or result.oom_killed or result.exit_code is None or result.exit_code > 128
+    killed = result.timed_out or result.oom_killed or result.exit_code > 128
     return False if killed or result.exit_code == _BROKEN else None
+
+
+def _python_files(patch: str) -> set[str]:
+    """Names that the patch may leave. A file whose name lacks git's prefix stands for itself, or for what is left
+    of it without its first part, by how it was applied; the one that is not there is passed over."""
+    names: set[str] = set()
+    for file in files(patch):
+        names |= file.touched(1) | (file.touched(0) if file.bare else set())
+    return {name for name in names if name.endswith(".py") and safe(name)}

@@ -361,6 +361,11 @@ class TestCompiles:
         assert reward(graded) == pytest.approx(0.2 if answer else 0.1)
         assert grade(task(), patch, open_sandbox, grading=how).compiled is None
 
+    def test_a_patch_without_the_prefixes_of_git_is_looked_at_too(self, open_sandbox: Opener) -> None:
+        bare = "--- pkg/a.py\n+++ pkg/a.py\n@@ -1 +1 @@\n-a = 1\n+a = (\n"
+        fuzzy = GradingConfig(patch="fuzzy")
+        assert grade(task(), bare, open_sandbox, grading=fuzzy, needs=("compiled",)).compiled is False
+
     def test_an_empty_patch_or_one_that_does_not_apply_is_not_looked_at(self, open_sandbox: Opener) -> None:
         needs = ("compiled",)
         assert grade(task(), "", open_sandbox, run_empty=True, needs=needs).compiled is None
