@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from skyrl_minisandbox.rewards import REWARDS, Canary, TestReport, grade, load_r
 from skyrl_minisandbox.rewards.compiles import compiles
 from tests.rewards.conftest import Opener
 from tests.rewards.test_grade import GOLD, new_file, task
+from tests.support import REPOSITORY
 
 RIGHT = (Canary("a", "pass", "PASSED"), Canary("b", "fail", "FAILED"))
 
@@ -57,6 +59,44 @@ class TestEveryOutcomeUnderEveryReward:
             assert value is None
         else:
             assert value == pytest.approx(expected)
+
+    def test_the_documentation_says_the_same(self) -> None:
+        """Each cell of its table, at both ends of what a report of that outcome may say."""
+        lines = (REPOSITORY / "docs" / "rewards.md").read_text().splitlines()
+        start = next(number for number, line in enumerate(lines) if line.startswith("| outcome | when |"))
+        header = [cell.strip(" `") for cell in lines[start].strip("|").split("|")]
+        said: dict[Outcome, dict[str, str]] = {}
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
+            cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+            for outcome in re.findall(r"[a-z_]+", cells[0]):
+                said[Outcome(outcome)] = dict(zip(header[2:], cells[2:], strict=True))
+        assert set(said) == set(Outcome)
+        for outcome, rewards in said.items():
+            least = report(outcome, "--", "--", compiled=False)
+            most = report(outcome, "+-", "+++", compiled=True)
+            for name, cell in rewards.items():
+                reward = load_reward(name)
+                ends = [None if cell == "null" else float(end) for end in re.findall(r"null|[0-9.]+", cell)[:1]]
+                assert [reward(least)] == [pytest.approx(end) for end in ends]
+                top = reward(most)
+                if "below 1" in cell:
+                    assert top is not None and ends[0] is not None and ends[0] < top < 1
+                elif " or " in cell:
+                    assert top == pytest.approx(float(cell.split(" or ")[1]))
+                else:
+                    assert top == reward(least)
+
+    def test_the_documented_reward_of_ones_own_works(self) -> None:
+        page = (REPOSITORY / "docs" / "rewards.md").read_text()
+        source = "".join(
+            f"{line[4:]}\n" for line in re.findall(r"^    (?:def steady|    return).*$", page, re.MULTILINE)
+        )
+        names: dict[str, Any] = {"TestReport": TestReport}
+        exec(source, names)
+        globals()["steady"] = names["steady"]
+        again = report(Outcome.RESOLVED, "+", "+", retries={"p0": ("FAILED", "PASSED")})
+        assert load_reward(f"{__name__}.steady", discount=0.8)(again) == 0.8
+        assert load_reward(f"{__name__}.steady")(report(Outcome.RESOLVED, "+", "+")) == 1.0
 
     def test_the_table_is_of_all_rewards(self) -> None:
         assert set(self.WORTH) == set(REWARDS) == set(groups()["reward"])
