@@ -56,7 +56,6 @@ repo=$1 whose=$2; shift 2
 trap 'rm -rf -- "$repo"' EXIT
 if [[ $whose = own ]]; then own_repository && export GIT_DIR=$repo GIT_WORK_TREE=$PWD || exit 126; fi
 git=(git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c 'safe.directory=*')
-"${git[@]}" rev-parse --git-dir >/dev/null || exit 126
 echo ready
 "${git[@]}" apply --whitespace=nowarn "$@" -
 """
@@ -195,8 +194,9 @@ class _Reader:
 
 
 def _started(result: CommandResult) -> bool:
-    """Whether the patch was read; before, nothing but the image and the machine can be the reason of a failure."""
-    return result.stdout.startswith(_READY) or result.oom_killed or result.disk_full
+    """Whether git ran; before, nothing but the image and the machine can be the reason of a failure."""
+    ran = result.stdout.startswith(_READY) and result.exit_code not in (126, 127)
+    return ran or result.oom_killed or result.disk_full
 
 
 def _applied(result: CommandResult, error: str = "") -> Applied:
