@@ -42,8 +42,8 @@ OWN_REPOSITORY = r"""
 # attributes go before those of any .gitattributes (gitattributes(5)).
 own_repository() {
   mkdir -p "$repo/objects/info" "$repo/refs" "$repo/info" && printf 'ref: refs/heads/none\n' >"$repo/HEAD" &&
-    printf '[core]\n\trepositoryformatversion = 0\n\tbare = false\n\tprotectNTFS = false\n\tprotectHFS = false\n' \
-      >"$repo/config" &&
+    printf '%s\n' '[core]' 'repositoryformatversion = 0' 'bare = false' 'protectNTFS = false' 'protectHFS = false' \
+      'attributesFile = /dev/null' 'excludesFile = /dev/null' >"$repo/config" &&
     printf '* -text -ident -filter !eol !working-tree-encoding !diff\n' >"$repo/info/attributes"
 }
 """

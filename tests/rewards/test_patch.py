@@ -11,8 +11,8 @@ from skyrl_minisandbox.errors import StoreError
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards import grade, patch_from_upper
 from skyrl_minisandbox.rewards import patch as patch_module
+from skyrl_minisandbox.rewards.agent_tree import read_tree, write_files
 from skyrl_minisandbox.rewards.apply import apply_patch
-from skyrl_minisandbox.rewards.patch import rewrite_layer
 from skyrl_minisandbox.sandbox import Sandbox
 from tests.rewards.conftest import Opener
 from tests.rewards.test_grade import task
@@ -153,40 +153,41 @@ def layer(*members: tuple[str, bytes, dict[str, object]]) -> io.BytesIO:
     return raw
 
 
-def rewritten(*members: tuple[str, bytes, dict[str, object]]) -> tuple[list[str], list[str], bool]:
-    out = io.BytesIO()
-    gone, cleared = rewrite_layer(layer(*members), out, "testbed")
-    out.seek(0)
-    with tarfile.open(fileobj=out) as tar:
-        return tar.getnames(), gone, cleared
-
-
-def test_only_what_git_could_see_is_copied() -> None:
-    names, gone, cleared = rewritten(
+def test_only_what_git_could_see_is_taken() -> None:
+    members: tuple[tuple[str, bytes, dict[str, object]], ...] = (
         ("testbed/a", b"1", {}),
         ("testbed/.git/config", b"evil", {}),
+        ("testbed/.GIT/config", b"evil", {}),
         ("testbed/sub/.git", b"gitdir: /evil", {}),
         ("testbed/../etc/passwd", b"evil", {}),
-        ("/testbed/b", b"2", {}),
+        ("/testbed/b", b"22", {}),
         ("testbedding/c", b"3", {}),
         ("testbed/device", b"", {"type": tarfile.CHRTYPE}),
         ("testbed/pipe", b"", {"type": tarfile.FIFOTYPE}),
         ("testbed/hard", b"", {"type": tarfile.LNKTYPE, "linkname": "testbed/a"}),
         ("testbed/out", b"", {"type": tarfile.LNKTYPE, "linkname": "etc/shadow"}),
+        ("testbed/.gitmodules", b"", {"type": tarfile.SYMTYPE, "linkname": "x"}),
         ("testbed/.wh.gone", b"", {}),
         ("testbed/.wh..git", b"", {}),
         ("testbed/dir/.wh..wh..opq", b"", {}),
+        ("testbed/dir", b"", {"type": tarfile.DIRTYPE}),
     )
-    assert names == ["a", "b", "hard"]
-    assert {"gone", "dir", "pipe"} <= set(gone)
-    assert ".git" not in gone
-    assert not cleared
+    tree = read_tree(layer(*members), "testbed")
+    assert (tree.files, tree.links, tree.directories) == ({"a": 1, "b": 2, "hard": 1}, {"hard": "a"}, ["dir"])
+    assert {"gone", "dir", "pipe", "a"} <= set(tree.gone)
+    assert ".git" not in tree.gone
+    assert not tree.cleared
+    copy = io.BytesIO()
+    write_files(layer(*members), copy, tree, ["hard"], "testbed")
+    copy.seek(0)
+    with tarfile.open(fileobj=copy) as tar:
+        assert tar.getnames() == ["a", "hard"]
 
 
 def test_an_opaque_or_removed_workdir_is_told() -> None:
-    assert rewritten(("testbed/.wh..wh..opq", b"", {}))[2]
-    assert rewritten((".wh.testbed", b"", {}))[2]
-    assert rewritten(("testbed", b"a file", {}))[2]
+    assert read_tree(layer(("testbed/.wh..wh..opq", b"", {})), "testbed").cleared
+    assert read_tree(layer((".wh.testbed", b"", {})), "testbed").cleared
+    assert read_tree(layer(("testbed", b"a file", {})), "testbed").cleared
 
 
 @pytest.mark.parametrize(
