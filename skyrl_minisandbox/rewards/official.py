@@ -32,7 +32,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from skyrl_minisandbox.rewards.parsers import PASSING, load_parser
-from skyrl_minisandbox.rewards.parsers.swebench_log import PARSERS
+from skyrl_minisandbox.rewards.parsers.swebench_log import PARSERS, STOPPING, Stopped
 from skyrl_minisandbox.tasks.task import Tests
 
 _START = ">>>>> Start Test Output"
@@ -72,11 +72,18 @@ def verdict(tests: Tests, log: str, exit_code: int | None, rules: str = "4.1") -
         return _verdict(tests, load_parser(tests.parser)(log, known), "ours", "", exit_code)
     # The official harness reads the log from a file in text mode, which makes every kind of line end one.
     text = log.replace("\r\n", "\n").replace("\r", "\n")
-    content = f"+ : '{_START}'\n{text}+ : '{_END}'\n"  # as its shell traces them: no line end of their own before
-    if exit_code is not None:
-        content += f"{_STATUS}: {exit_code}\n"
+    content = _framed(text, tests.command, exit_code, rules)
     found, trouble = _read(tests.parser, content, rules)
     return _verdict(tests, found, rules, trouble, exit_code)
+
+
+def _framed(text: str, command: str, exit_code: int | None, rules: str) -> str:
+    """The log of the official script, whose shell traces what it runs. What follows an output without a last line end
+    stands on its line."""
+    head = f"+ : '{_START}'\n+ {command}\n"
+    if rules == "4.1" or exit_code is None:
+        return f"{head}{text}+ : '{_END}'\n"
+    return f"{head}{text}+ SWEBENCH_TEST_EXIT_CODE={exit_code}\n+ : '{_END}'\n{_STATUS}: {exit_code}\n"
 
 
 def _read(parser: str, content: str, rules: str) -> tuple[dict[str, str], str]:
@@ -84,8 +91,11 @@ def _read(parser: str, content: str, rules: str) -> tuple[dict[str, str], str]:
     for mark in _NO_RUN:
         if mark in content:
             return {}, f"the log holds the mark `{mark}`"
-    parse = PARSERS[parser]
-    found = parse(content.split(_START)[1].split(_END)[0], (), rules) or parse(content, (), rules)
+    parse = STOPPING[parser]
+    try:
+        found = parse(content.split(_START)[1].split(_END)[0], (), rules) or parse(content, (), rules)
+    except Stopped as stopped:
+        return {}, f"SWE-bench's grader stops at this log: {stopped}"
     if rules != "4.1" and found and not any(verdict in _FAILING for verdict in found.values()):
         status = _STATUS_LINE.search(content)
         if status is not None and not _is_zero(status[1]):

@@ -32,6 +32,7 @@ _PARSERS = {
     "pallets/flask": "swebench-pytest",
     "psf/requests": "swebench-pytest-options",
     "pydata/xarray": "swebench-pytest",
+    "pydicom/pydicom": "swebench-pytest-options",
     "pylint-dev/pylint": "swebench-pytest-options",
     "pytest-dev/pytest": "swebench-pytest",
     "scikit-learn/scikit-learn": "swebench-pytest-v2",

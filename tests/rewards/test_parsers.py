@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from skyrl_minisandbox.errors import PluginError
-from skyrl_minisandbox.rewards.parsers import load_parser
+from skyrl_minisandbox.rewards.parsers import PARSERS, load_parser
 
 
 class TestPytest:
@@ -123,13 +125,37 @@ FAILED (failures=3)
             "test_prints_and_fails (forms.tests.A)": "FAILED",
             "test_subtests (forms.tests.A)": "FAILED",
             "test_full (forms.tests.A.test_full)": "PASSED",
-            "setUpClass": "ERROR",
+            "setUpClass (forms.tests.B)": "ERROR",
         }
 
     def test_a_docstring_is_the_name(self) -> None:
         log = "test_x (a.B)\nIf form data is provided, a key is ... ok\n"
         name = "If form data is provided, a key is"
         assert load_parser("django")(log, [name]) == {name: "PASSED"}
+        assert load_parser("unittest")(log, [name]) == {"test_x (a.B)": "PASSED"}
+
+    def test_a_failed_test_with_a_docstring_fails_by_its_name(self) -> None:
+        rule = "=" * 70
+        log = f"test_x (a.B)\nA key is kept ... ok\n{rule}\nFAIL: test_x (a.B) (i=1)\nA key is kept\n{'-' * 70}\n"
+        assert load_parser("django")(log, ["A key is kept"]) == {"A key is kept": "FAILED"}
+        assert load_parser("unittest")(log, []) == {"test_x (a.B)": "FAILED"}
+
+    def test_what_a_test_prints_is_no_test_and_no_verdict_of_another(self) -> None:
+        log = (
+            "test_a (x.Y.test_a) ... Loading ... done\nIf this is a test ... ok\nFAIL: not a heading\nok\n"
+            "test_b (x.Y.test_b) ... FAIL\nok, said nobody\nok\n"
+        )
+        expected = {"test_a (x.Y.test_a)": "PASSED", "test_b (x.Y.test_b)": "FAILED"}
+        assert load_parser("django")(log, []) == expected
+        assert load_parser("unittest")(log, []) == expected
+
+    def test_subtests_on_lines_of_their_own_fail_their_test(self) -> None:
+        log = (
+            "test_a (x.Y.test_a) ... \n  test_a (x.Y.test_a) (i=1) ... FAIL\n  test_a (x.Y.test_a) [why] (i=2) ... ok\n"
+            "migrating...test_b (x.Y.test_b) ... ok\n"
+        )
+        expected = {"test_a (x.Y.test_a)": "FAILED", "test_b (x.Y.test_b)": "PASSED"}
+        assert load_parser("unittest")(log, []) == expected
 
 
 class TestSympy:
@@ -161,6 +187,47 @@ AssertionError
         }
 
 
+MANY = 100_000
+HOSTILE = (
+    "_" * MANY,
+    "_ .py:" * MANY,
+    "____ x.py:" + ".py:" * MANY + " ____",
+    "[" * MANY,
+    "PASSED " + "[" * MANY,
+    "PASSED x" + "[/]" * MANY,
+    "PASSED t.py::x" + " - [" * MANY,
+    "FAILED t.py::x" + " - [" * MANY,
+    "= short test summary info =\n" + ("FAILED t.py::x" + " - [" * 1000 + "\n") * 100,
+    "x PASSED " * MANY + "[ 1%]",
+    "t.py::x" + " FAILED [" * MANY,
+    " ... " * MANY,
+    ("test_a (x.Y)" + " ... " * 50 + "\n") * 2000,
+    "x" * MANY + " (a.B) ... ok",
+    ("x" * 2000 + " (a.B) ... ok\n") * 500,
+    "(" * MANY + ")",
+    " (" * MANY + ")",
+    "a ... Testing against Django installed in " * (MANY // 2),
+    "a ... Testing against Django installed in \n" * (MANY // 2),
+    "a ... Internal Server Error: /" * (MANY // 2),
+    "a ... Internal Server Error: /\n" * (MANY // 2),
+    "a\n...\nSystem check identified no issues (0 silenced)\n" * (MANY // 2),
+    "\x1b]" * MANY,
+    "\x1b[" * MANY + "x",
+    "\n" * MANY * 5,
+)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", PARSERS)
+def test_no_log_keeps_a_parser_busy(name: str) -> None:
+    """A square of the length would take minutes; 1 s for each is a hundred times what they take."""
+    parse = load_parser(name)
+    for log in HOSTILE:
+        started = time.process_time()
+        parse(log, ["t.py::x", "t.py::y - [", "test_a (x.Y)"])
+        assert time.process_time() - started < 1, log[:60]
+
+
 def test_an_unknown_parser_lists_the_known() -> None:
-    with pytest.raises(PluginError, match="django, pytest, sympy"):
+    with pytest.raises(PluginError, match=r"django, pytest, swebench-django, .*, sympy, unittest"):
         load_parser("nose")

@@ -10,14 +10,16 @@ Only the last summary of the log counts: what tests print comes before it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from skyrl_minisandbox.rewards.parsers import plain
 
 _SUMMARY = re.compile(r"^=+ short test summary info =+$", re.MULTILINE)
 _LINE = re.compile(r"^(PASSED|FAILED|ERROR|XFAIL|XPASS) (\S.*)$")
-_PROGRESS = re.compile(r"^(\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*\[ *\d+%\]$")
+_PERCENT = re.compile(r" +\[ *\d+%\]$")
+_PROGRESS = re.compile(r" (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 _SEPARATOR = " - "
+_LONGEST_NAME = 4000
 
 
 def parse(log: str, known: Collection[str]) -> dict[str, str]:
@@ -25,9 +27,10 @@ def parse(log: str, known: Collection[str]) -> dict[str, str]:
     text = plain(log)
     names = _Names(known)
     verdicts: dict[str, str] = {}
-    for line in text.splitlines():
-        if match := _PROGRESS.match(line):
-            verdicts[names.exact(match[1])] = match[2]
+    for line in text.split("\n"):
+        if progress := _progress(line):
+            name, verdict = progress
+            verdicts[names.exact(name)] = verdict
     summaries = list(_SUMMARY.finditer(text))
     if not summaries:
         return verdicts
@@ -38,6 +41,14 @@ def parse(log: str, known: Collection[str]) -> dict[str, str]:
             name = names.exact(rest) if status == "PASSED" else names.before_message(rest)
             summary[name] = _worse(summary.get(name), status)
     return verdicts | summary
+
+
+def _progress(line: str) -> tuple[str, str] | None:
+    """The name and the verdict of `name VERDICT [ 50%]`, with a reason between on occasion."""
+    if line[:1].isspace() or not _PERCENT.search(line[-20:]):
+        return None
+    match = _PROGRESS.search(line)
+    return (line[: match.start()], match[1]) if match and match.start() else None
 
 
 class _Names:
@@ -54,14 +65,28 @@ class _Names:
         return first if first in self._known else text
 
     def before_message(self, text: str) -> str:
-        cuts = [i for i in range(len(text)) if text.startswith(_SEPARATOR, i)]
-        for end in [len(text), *reversed(cuts)]:
-            if text[:end] in self._known:
-                return text[:end]
+        if text in self._known:
+            return text
+        text = text[:_LONGEST_NAME]  # the rest is message; a line may be as long as the log
+        cuts = list(_cuts(text))
+        for cut in reversed(cuts):
+            if text[:cut] in self._known:
+                return text[:cut]
         # An unknown name: the message begins where the brackets of the parameters are closed.
-        closed = (cut for cut in [*cuts, len(text)] if text.count("[", 0, cut) == text.count("]", 0, cut))
-        guess = text[: next(closed, cuts[0] if cuts else len(text))]
-        return self.exact(guess)
+        depth = last = 0
+        for cut in [*cuts, len(text)]:
+            depth += text.count("[", last, cut) - text.count("]", last, cut)
+            last = cut
+            if depth == 0:
+                return self.exact(text[:cut])
+        return self.exact(text[: cuts[0]] if cuts else text)
+
+
+def _cuts(text: str) -> Iterator[int]:
+    cut = text.find(_SEPARATOR)
+    while cut >= 0:
+        yield cut
+        cut = text.find(_SEPARATOR, cut + 1)
 
 
 def _worse(old: str | None, new: str) -> str:

@@ -9,8 +9,8 @@ Differences of the two, all in how a name is cut:
 
 - 5.0 leaves out `SKIPPED [3] file.py:9: why`, which 4.1 takes for a test named `[3]`;
 - 5.0's `pytest_v2` keeps the blanks of parameters;
-- 4.1's `seaborn` stops with an error at a verdict without a name, so that nothing is graded: here no results at all.
-  So does `django` of both at a lone `FAIL:` or `ERROR:`.
+- 4.1's `seaborn` stops with an error at a verdict without a name, so that nothing is graded: here there are no
+  results then. So does `django` of both at a lone `FAIL:` or `ERROR:`.
 
 Where the original searches with regular expressions whose time grows with the square of a line, the same is found
 in one pass: the log is the patch's, and may hold a line of megabytes.
@@ -30,6 +30,10 @@ _CONTROLS = str.maketrans("", "", "".join(map(chr, range(1, 32))))
 
 _End = Callable[[re.Match[str]], int | None]
 """Where the message that begins with this match ends; None when it does not end as it must."""
+
+
+class Stopped(Exception):
+    """Where the original stops with an error of its own, so that its harness grades nothing."""
 
 
 class SwebenchParser(Protocol):
@@ -104,6 +108,13 @@ def pytest_v2(log: str, known: Collection[str] = (), rules: str = "4.1") -> dict
 
 def seaborn(log: str, known: Collection[str] = (), rules: str = "4.1") -> dict[str, str]:
     """Passed and failed tests only, of the summary and of progress lines."""
+    try:
+        return _seaborn(log, known, rules)
+    except Stopped:
+        return {}
+
+
+def _seaborn(log: str, known: Collection[str] = (), rules: str = "4.1") -> dict[str, str]:
     verdicts: dict[str, str] = {}
     for line in log.split("\n"):
         named = line.startswith(("FAILED", "PASSED"))
@@ -112,7 +123,7 @@ def seaborn(log: str, known: Collection[str] = (), rules: str = "4.1") -> dict[s
         words = line.split()
         if len(words) < 2:
             if rules == "4.1":
-                return {}
+                raise Stopped(f"a line has a verdict and no name: {line[:80]!r}")
             continue
         if line.startswith("FAILED"):
             verdicts[words[1]] = "FAILED"
@@ -154,6 +165,13 @@ _DJANGO_CHECK = re.compile(r"\s\.\.\.\sSystem check identified no issues \(0 sil
 
 def django(log: str, known: Collection[str] = (), rules: str = "4.1") -> dict[str, str]:
     """`runtests.py --verbosity 2`: the text before ` ... ` is the name, a docstring's first line where there is one."""
+    try:
+        return _django(log, known, rules)
+    except Stopped:
+        return {}
+
+
+def _django(log: str, known: Collection[str] = (), rules: str = "4.1") -> dict[str, str]:
     verdicts: dict[str, str] = {}
     begun: str | None = None
     for line in map(str.strip, log.split("\n")):
@@ -175,7 +193,7 @@ def django(log: str, known: Collection[str] = (), rules: str = "4.1") -> dict[st
             if line.startswith(f"{word}:"):
                 words = line.split()
                 if len(words) < 2:
-                    return {}
+                    raise Stopped(f"a line has a verdict and no name: {line[:80]!r}")
                 verdicts[words[1]] = verdict
         if line.startswith("ok") and begun is not None:
             verdicts[begun] = "PASSED"
@@ -241,3 +259,6 @@ PARSERS: dict[str, SwebenchParser] = {
     "swebench-seaborn": seaborn,
     "swebench-sympy": sympy,
 }
+
+STOPPING: dict[str, SwebenchParser] = {**PARSERS, "swebench-django": _django, "swebench-seaborn": _seaborn}
+"""The same, which raise `Stopped`."""

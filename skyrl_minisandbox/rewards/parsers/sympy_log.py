@@ -14,7 +14,6 @@ from collections.abc import Collection
 from skyrl_minisandbox.rewards.parsers import plain
 
 _TEST = re.compile(r"^(test_\w+) (ok|F|E|f|s|w|X|K|T)\b")
-_TRACEBACK = re.compile(r"^_+ (\S+\.py:\S+) _+$")
 _VERDICTS = {
     "ok": "PASSED",
     "F": "FAILED",
@@ -37,6 +36,14 @@ def parse(log: str, known: Collection[str]) -> dict[str, str]:
         line = raw.strip()
         if match := _TEST.match(line):
             verdicts[match[1]] = _VERDICTS.get(match[2], "SKIPPED")
-        elif match := _TRACEBACK.match(line):
-            verdicts[match[1]] = "FAILED"
+        elif line.startswith("_") and (name := _heading(line)):
+            verdicts[name] = "FAILED"
     return verdicts
+
+
+def _heading(line: str) -> str | None:
+    """`path.py:function` of `____ path.py:function ____`."""
+    words = line.split(" ")
+    if len(words) == 3 and ".py:" in words[1] and not words[0].strip("_") and not words[2].strip("_"):
+        return words[1]
+    return None
