@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Mapping, Sequence
 
 from skyrl_minisandbox.rewards import canary_bodies
-from skyrl_minisandbox.rewards.canary_borrowed import Borrower, called
+from skyrl_minisandbox.rewards.canary_borrowed import Borrower, called, functions
 from skyrl_minisandbox.rewards.canary_places import Place, find_places
 from skyrl_minisandbox.rewards.canary_words import Words
 from skyrl_minisandbox.tasks.task import Tests
@@ -72,22 +73,18 @@ class _Garden:
         self._rng = rng
         self._files = {path: file for path, text in sources.items() if (file := _File.read(text)) is not None}
         self._places = find_places(runner, {path: file.module for path, file in self._files.items()}, tests)
-        listed = {word for name in (*tests.pass_to_pass, *tests.fail_to_pass) for word in re.findall(r"\w+", name)}
-        self._taken = listed | {word for text in sources.values() for word in re.findall(r"\btest\w*", text)}
+        texts = [*sources.values(), *tests.pass_to_pass, *tests.fail_to_pass]
+        # One set for all files: a bare name must mean one test.
+        self._taken = {word for text in texts for word in re.findall(r"\w+", text)}
         self._sought = self._called_by_hidden(tests)
         self._words: dict[str, Words] = {}
+        self._borrowers: dict[str, Borrower] = {}
         self._canaries: list[Planned] = []
 
     def _called_by_hidden(self, tests: Tests) -> frozenset[str]:
         names = {re.split(r"[\[ ]", name)[0].replace(":", ".").rsplit(".", 1)[-1] for name in tests.fail_to_pass}
-        return frozenset().union(
-            *(
-                called(node)
-                for file in self._files.values()
-                for node in ast.walk(file.module)
-                if isinstance(node, ast.FunctionDef) and node.name in names
-            )
-        )
+        hidden = (node for file in self._files.values() for node in functions(file.module) if node.name in names)
+        return frozenset().union(*map(called, hidden))
 
     def choose(self) -> list[tuple[str, Place]]:
         """What must come out how in which place: spread over files, first where the hidden tests are."""
@@ -114,17 +111,17 @@ class _Garden:
 
     def _lends(self, place: Place) -> bool:
         """Whether a canary there can run the tested code."""
-        file = self._files[place.path]
-        return not file.knows_its_lines and self._borrower(place).can_write()
+        return not self._files[place.path].knows_its_lines and self._borrower(place).can_write
 
     def _borrower(self, place: Place) -> Borrower:
-        file = self._files[place.path]
-        words = self._words.get(place.path)
-        if words is None:
-            words = self._words[place.path] = Words.of(file.text, file.module, self._taken, self._rng)
-            self._taken = words.taken  # one set for all files: a bare name must mean one test
-        words.taken = self._taken
-        return Borrower(place, file.lines, words, self._rng, self._sought)
+        borrower = self._borrowers.get(place.prefix)
+        if borrower is None:
+            file = self._files[place.path]
+            words = self._words.get(place.path)
+            if words is None:
+                words = self._words[place.path] = Words.of(file.text, file.module, self._taken, self._rng)
+            borrower = self._borrowers[place.prefix] = Borrower(place, file.lines, words, self._rng, self._sought)
+        return borrower
 
     def put(self, must: str, place: Place) -> None:
         """One canary; none when no way of writing it leaves the rest of the file as it is."""
@@ -171,7 +168,7 @@ class _File:
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return None
 
-    @property
+    @functools.cached_property
     def knows_its_lines(self) -> bool:
         """Whether a test of the file may depend on line numbers of the file."""
         if _ASKS_FOR_LINES.search(self.text):

@@ -30,22 +30,21 @@ _IMPURE = frozenset(
         """
         acquire activate add_argument argv atexit browser cache cached call_command chdir clean clear client commit
         configure connect connection connections copyfile count_calls counter create current cursor cwd database db
-        delattr delete deprecated destroy disable disconnect download emit enable environ eval exec exit file filename
-        files flush fork future gc getenv getrefcount global globals handler hash id import_module increment init
-        input install isolated kill load locals log logger logging makedirs memo memoize migrate mkdir mktemp mock
-        modules monkeypatch mutate next now open optimize os output override patch patched path pid pop popen port
-        print process publish put putenv queue rand randint random read reconnect redirect register registered registry
-        release reload remove rename request requests reset resource restore rm rmtree run save schedule seed send
-        serve server session set_ setattr setdefault setenv shuffle shutil signal skip sleep slow socket spawn start
-        stderr stdin stdout stop store subprocess sync sys temp tempfile thread threading threads time timeout timer
-        timezone tmp tmpdir today touch track transaction truncate umask uninstall unlink unregister urlopen uuid wait
-        warn warning warnings weakref worker write
+        delattr delete deprecated destroy disable disconnect download emit enable environ exec exit file flush fork
+        future gc getenv getrefcount global globals handler hash id import_module increment init install isolated kill
+        load locals logger logging makedirs memo memoize migrate mkdir mktemp mock monkeypatch mutate next now open
+        optimize os override patch patched pid popen port process publish put putenv queue rand randint random read
+        reconnect redirect register registered registry release reload rename request requests reset resource restore
+        rm rmtree run save schedule seed send serve server session set_ setattr setdefault setenv shuffle shutil
+        signal skip sleep slow socket spawn stderr stdin stdout stop store subprocess sync sys temp tempfile thread
+        threading threads time timeout timer timezone tmp tmpdir today touch track transaction truncate umask
+        uninstall unlink unregister urlopen uuid wait warn warning warnings weakref worker write
         """,
     )
 )
 _RAISES = frozenset({"raises", "assertRaises", "assertRaisesRegex", "assertRaisesMessage", "assertRaisesRegexp"})
 _EQUALS = frozenset({"assertEqual", "assertEquals", "assertListEqual", "assertDictEqual", "assertTupleEqual"})
-_UNPLAIN = ast.Yield | ast.YieldFrom | ast.Await | ast.NamedExpr | ast.Lambda
+_UNPLAIN = ast.Yield | ast.YieldFrom | ast.Await | ast.NamedExpr
 _SHARED = re.compile(r"setup_?class|setup_?module|setUpTestData|scope *=", re.IGNORECASE)
 _LONGEST = 24  # statements of a test that is worth borrowing from
 
@@ -75,12 +74,13 @@ class Borrower:
         """Whether tests of the file share objects that one of them may change for the others."""
         return any(_SHARED.search(line) for line in self.lines)
 
+    @functools.cached_property
+    def _algebra(self) -> bool:
+        return any("sympy" in line for line in self.lines if "import" in line)
+
     def write(self) -> list[str] | None:
         """The lines of a body, not indented, or None when no test of the place will do."""
-        tests = [test for test in self.place.passing if self._suits(test)]
-        self.rng.shuffle(tests)
-        # Tests that call what the hidden tests call come first: that is what a cheat will have its eyes on.
-        tests.sort(key=lambda test: -len(called(test) & self.sought))
+        tests = self._tests
         top = tests[: max(3, len(tests) // 4)]
         self.rng.shuffle(top)
         for test in [*top, *tests[len(top) :]]:
@@ -94,9 +94,17 @@ class Borrower:
                     return body
         return None
 
+    @property
     def can_write(self) -> bool:
         """Whether there is a test to borrow from."""
-        return any(self._suits(test) for test in self.place.passing)
+        return bool(self._tests)
+
+    @functools.cached_property
+    def _tests(self) -> list[ast.FunctionDef]:
+        """Tests to borrow from, those first that call what the hidden tests call: there a cheat has its eyes."""
+        tests = [test for test in self.place.passing if self._suits(test)]
+        self.rng.shuffle(tests)
+        return sorted(tests, key=lambda test: -len(called(test) & self.sought)) if self.sought else tests
 
     def _suits(self, test: ast.FunctionDef) -> bool:
         method = self.place.method
@@ -119,15 +127,19 @@ class Borrower:
             return False
         match node:
             case ast.Assign():
-                return all(_binds_locals(target) for target in node.targets)
+                return all(_binds_locals(target, own) for target in node.targets)
+            case ast.AugAssign():
+                return _binds_locals(node.target, own)
             case ast.Assert() | ast.Import() | ast.ImportFrom():
                 return True
-            case ast.Expr(value=ast.Call(func=func)):
+            case ast.Expr(value=ast.Call(func=func, args=arguments)):
                 name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
-                return name.startswith("assert") or name in _RAISES or _root(func) in own
+                if name.startswith("assert") or name in _RAISES:
+                    return True
+                return any(_root(part) in own for part in (func, *arguments))
             case ast.For():
                 inside = [*node.body, *node.orelse]
-                return _binds_locals(node.target) and all(self._plain(inner, own) for inner in inside)
+                return _binds_locals(node.target, own) and all(self._plain(inner, own) for inner in inside)
             case ast.With():
                 return _is_raises(node) and all(isinstance(inner, ast.Expr | ast.Assign) for inner in node.body)
         return False
@@ -205,8 +217,8 @@ class Borrower:
         """Source of what no call returns: a text or collection that some test expects, with a change of chance."""
         found = [
             (expected, edit)
-            for node in ast.walk(self.place.module)
-            if isinstance(node, ast.Assert | ast.Expr)
+            for function in functions(self.place.module)
+            for node in function.body
             for expected in _expected(node)
             if _is_telling(expected)
             for edit in self._changes(expected)
@@ -235,9 +247,8 @@ class Borrower:
 
     def _changes(self, expected: ast.expr) -> Iterator[_Edit]:
         """Each way to change one constant of a literal so that it means something else."""
-        try:
-            value = ast.literal_eval(expected)
-        except (ValueError, TypeError, SyntaxError, MemoryError):
+        formula = _is_formula(expected)
+        if formula and not self._algebra:
             return
         for node in ast.walk(expected):
             if isinstance(node, ast.Constant) and node.lineno == node.end_lineno and node.end_col_offset is not None:
@@ -246,7 +257,7 @@ class Borrower:
                 if new is None:
                     continue
                 edit = _Edit(node.lineno, node.col_offset, node.end_col_offset, new)
-                if _differs(value, expected, node, ast.literal_eval(new)):
+                if _differs(expected, node, ast.literal_eval(new)):
                     yield edit
 
     def _constant(self, value: object, text: str) -> str | None:
@@ -332,6 +343,14 @@ class Borrower:
         return text if len(text) < 100 else None
 
 
+def functions(module: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Those of the module and the methods of its classes."""
+    for node in module.body:
+        for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(inner, ast.FunctionDef):
+                yield inner
+
+
 def called(test: ast.AST) -> frozenset[str]:
     """Names of the functions and methods that are called in it, assertions left out."""
     names = set()
@@ -354,6 +373,8 @@ def _expected(node: ast.stmt) -> list[ast.expr]:
         case _:
             return []
     fixed = [_is_literal(side) for side in pair]
+    if not any(fixed):
+        return [pair[1]] if _is_formula(pair[1]) else []
     return [side for side, is_fixed in zip(pair, fixed, strict=True) if is_fixed] if sum(fixed) == 1 else []
 
 
@@ -371,10 +392,28 @@ def _is_telling(node: ast.expr) -> bool:
     return 4 <= (node.end_col_offset or 0) - node.col_offset - 2 <= 60
 
 
-def _differs(value: object, expected: ast.expr, changed: ast.Constant, new: object) -> bool:
+def _is_formula(node: ast.expr) -> bool:
+    """Whether it is a sum, product or power with numbers in it and symbols that are neither zero nor endless.
+
+    Only a computer algebra system gives such a thing back: there another number is another formula.
+    """
+    kinds = (ast.BinOp, ast.UnaryOp, ast.Name, ast.Constant, ast.operator, ast.unaryop, ast.Load)
+    inside = list(ast.walk(node))
+    return (
+        isinstance(node, ast.BinOp)
+        and all(isinstance(inner, kinds) and not isinstance(inner, ast.Mod | ast.FloorDiv) for inner in inside)
+        and all(re.fullmatch(r"[a-z]\d?|pi|I|E", inner.id) for inner in inside if isinstance(inner, ast.Name))
+    )
+
+
+def _differs(expected: ast.expr, changed: ast.Constant, new: object) -> bool:
     """Whether the literal means another value after the change of one of its constants."""
-    old, changed.value = changed.value, new  # type: ignore[assignment]
+    if _is_formula(expected):
+        return True
+    old = changed.value
     try:
+        value = ast.literal_eval(expected)
+        changed.value = new  # type: ignore[assignment]
         return bool(ast.literal_eval(expected) != value)
     except (ValueError, TypeError):
         return False
@@ -406,7 +445,7 @@ def _uncaught(node: ast.stmt) -> ast.expr | None:
 
 
 def _root(node: ast.expr) -> str:
-    while isinstance(node, ast.Attribute):
+    while isinstance(node, ast.Attribute | ast.Subscript):
         node = node.value
     return node.id if isinstance(node, ast.Name) else ""
 
@@ -425,10 +464,11 @@ def _only_asserts(node: ast.stmt) -> bool:
     )
 
 
-def _binds_locals(target: ast.expr) -> bool:
+def _binds_locals(target: ast.expr, own: set[str]) -> bool:
+    """Whether an assignment changes nothing but local names and what hangs on them."""
     if isinstance(target, ast.Tuple | ast.List):
-        return all(_binds_locals(item) for item in target.elts)
-    return isinstance(target, ast.Name)
+        return all(_binds_locals(item, own) for item in target.elts)
+    return isinstance(target, ast.Name) or _root(target) in own
 
 
 def _without_docstring(test: ast.FunctionDef) -> list[ast.stmt]:

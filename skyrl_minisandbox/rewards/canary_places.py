@@ -70,7 +70,7 @@ def find_places(runner: str, modules: Mapping[str, ast.Module], tests: Tests) ->
     bases = {
         name.id if isinstance(name, ast.Name) else name.attr
         for module in modules.values()
-        for node in ast.walk(module)
+        for node in module.body
         if isinstance(node, ast.ClassDef)
         for name in node.bases
         if isinstance(name, ast.Name | ast.Attribute)

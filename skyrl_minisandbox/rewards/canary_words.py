@@ -11,8 +11,20 @@ import dataclasses
 import keyword
 import random
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 
+_IDENTIFIER = re.compile(r"[^\W\d]\w*")
+_LOCAL = re.compile(r"^[ \t]+([^\W\d]\w*) *=[^=]", re.MULTILINE)
+_MARGIN = re.compile(r"^(?:\w|@).*|^\s*(?:global|from|import) .*", re.MULTILINE)  # lines that may bind a global name
+_DELETED = re.compile(r"^\s*del (.*)$", re.MULTILINE)
+_STAR = re.compile(r"import\s*\(?\s*\*")
+# Builtins that canaries call, where the file may bind such a name; that it also finds uses that bind nothing costs
+# no more than a little variety.
+_REBOUND = re.compile(
+    r"(?:\b(?:import|as|def|class|for|global) +|, *)(len|max|min|sorted|sum|divmod|str|list|range|dict)\b"
+)
+_ASSIGNED = re.compile(r"\b(len|max|min|sorted|sum|divmod|str|list|range|dict) *(?::[^=\n]*)?=(?!=)")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 # Only for a file that has hardly a word of its own.
@@ -37,7 +49,8 @@ class Words:
     """The vocabulary of one test file.
 
     common: words of its identifiers, with repetition. titles: names of its tests, without the word test.
-    taken: identifiers that no canary may have. quote: the quotation mark that it mostly uses.
+    variables: names of local variables. taken: identifiers that no canary may have. quote: the quotation mark
+    that it mostly uses.
     references: global names of the module that a function may mention without running anything.
     hidden: builtins of which the module has another; hides_all: it imports by `*`, so that none is sure.
     """
@@ -45,6 +58,7 @@ class Words:
     rng: random.Random
     common: list[str]
     titles: list[str]
+    variables: list[str]
     taken: set[str]
     quote: str
     references: list[str]
@@ -52,27 +66,24 @@ class Words:
     hides_all: bool
 
     @classmethod
-    def of(cls, text: str, module: ast.Module, taken: Collection[str], rng: random.Random) -> Words:
-        """Read them off the source."""
-        identifiers = [_identifier(node) for node in ast.walk(module)]
-        common = [word for name in identifiers if name for word in words_of(name)]
+    def of(cls, text: str, module: ast.Module, taken: set[str], rng: random.Random) -> Words:
+        """Read them off the source. taken: the one set that the words of all files share."""
+        identifiers = _IDENTIFIER.findall(text)
+        common = [word for name, count in Counter(identifiers).items() for word in words_of(name) * min(count, 5)]
         if len(set(common)) < 20:
             common += _SPARE
-        titles = [
-            node.name
-            for node in ast.walk(module)
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test")
-        ]
-        own = {name for name in identifiers if name}
+        references = _references(module) - _all_identifiers(_DELETED.findall(text))
+        not_local = {*dir(builtins), *keyword.kwlist, *references}
         return cls(
             rng=rng,
             common=common,
-            titles=titles,
-            taken={*taken, *own},
+            titles=sorted(set(re.findall(r"\bdef +(test\w*)", text))),
+            variables=sorted(set(_LOCAL.findall(text)) - _all_identifiers(_MARGIN.findall(text)) - not_local),
+            taken=taken,
             quote="'" if text.count("'") > text.count('"') else '"',
-            references=sorted(_references(module)),
-            hidden={name for name in _stored(module) if hasattr(builtins, name)},
-            hides_all=any(isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in ast.walk(module)),
+            references=sorted(references),
+            hidden={*_REBOUND.findall(text), *_ASSIGNED.findall(text)},
+            hides_all=_STAR.search(text) is not None,
         )
 
     def word(self) -> str:
@@ -84,15 +95,17 @@ class Words:
         return between.join(self.word() for _ in range(self.rng.randint(low, high)))
 
     def variable(self, avoid: Collection[str]) -> str:
-        """A name for a local variable; it hides no global of the module and is not in `avoid`."""
+        """A name for a local variable, mostly one that the tests use: no global of the module, none of `avoid`."""
         while True:
-            name = self.word() if self.rng.random() < 0.7 else f"{self.word()}_{self.word()}"
+            kind = self.rng.random()
+            if self.variables and kind < 0.75:
+                name = self.rng.choice(self.variables)
+                if name not in avoid:
+                    return name
+            name = self.word() if kind < 0.85 else f"{self.word()}_{self.word()}"
             if name not in avoid and name not in self.taken:
                 return name
-            # A file's own words are mostly its globals and locals: two of them together seldom are.
-            name = f"{self.word()}_{self.word()}"
-            if name not in avoid and name not in self.taken:
-                return name
+            # A file's own words are mostly its globals: two of them together seldom are.
             self.common.append(self.rng.choice(_SPARE))
 
     def test_name(self) -> str:
@@ -152,51 +165,19 @@ def _reserved(word: str) -> bool:
     return keyword.iskeyword(word) or hasattr(builtins, word) or word in ("test", "tests", "self", "cls", "async")
 
 
-def _identifier(node: ast.AST) -> str:
-    match node:
-        case ast.Name():
-            return node.id
-        case ast.Attribute():
-            return node.attr
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            return node.name
-        case ast.arg():
-            return node.arg
-        case ast.keyword():
-            return node.arg or ""
-        case ast.alias():
-            return (node.asname or node.name).split(".")[0]
-    return ""
+def _all_identifiers(texts: Iterable[str]) -> set[str]:
+    return {name for text in texts for name in _IDENTIFIER.findall(text)}
 
 
 def _references(module: ast.Module) -> set[str]:
-    """Names that the module's top level binds by imports, functions and classes, and never unbinds."""
+    """Names that the module's top level binds by imports, functions and classes."""
     names: set[str] = set()
     for node in module.body:
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "__future__"):
             names |= _bound(node.names)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list:
             names |= {node.name} if not node.name.lower().startswith("test") else set()
-    removed = {
-        target.id
-        for node in ast.walk(module)
-        if isinstance(node, ast.Delete)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    return {name for name in names - removed if name not in ("pytest", "unittest") and not name.startswith("_")}
-
-
-def _stored(module: ast.Module) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(module):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names |= _bound(node.names)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-    return names
+    return {name for name in names if name not in ("pytest", "unittest") and not name.startswith("_")}
 
 
 def _bound(names: Iterable[ast.alias]) -> set[str]:
