@@ -151,7 +151,12 @@ class TestFraction:
         reward = load_reward("fraction", fail_to_pass=weights[0], pass_to_pass=weights[1])
         value = reward(unresolved(mended, kept))
         assert value is not None and 0.0 <= value < 1.0
-        assert value > 0.0 or "+" not in mended or "-" not in mended + kept
+
+    @given(mended=st.text("+-", max_size=40), kept=st.text("+-", max_size=40), weight=st.floats(1e-6, 1e6))
+    def test_what_mends_a_test_earns_something(self, mended: str, kept: str, weight: float) -> None:
+        value = load_reward("fraction", fail_to_pass=weight)(unresolved(mended, kept))
+        assert value is not None
+        assert (value > 0.0) == ("+" in (mended or kept) and "-" in mended + kept)
 
     @given(mended=st.text("+-", min_size=1, max_size=20), kept=st.text("+-", min_size=1, max_size=20))
     def test_one_more_test_that_passes_is_never_worth_less(self, mended: str, kept: str) -> None:
