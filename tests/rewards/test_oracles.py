@@ -12,12 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from skyrl_minisandbox.images import Cache, Store
+from skyrl_minisandbox.images.sources import Sources
 from skyrl_minisandbox.rewards import official
 from skyrl_minisandbox.rewards.names import Names
 from skyrl_minisandbox.rewards.parsers import load_parser
 from skyrl_minisandbox.rewards.parsers.swebench_log import PARSERS
 from skyrl_minisandbox.tasks import swebench
 from skyrl_minisandbox.tasks.task import Tests
+from tests.rewards.hacks import HACKS
+from tests.rewards.hacks.suite import REPORTS, Bench
 from tests.rewards.oracle import Oracle
 from tests.support import REPOSITORY
 
@@ -399,6 +403,24 @@ def django(session_directory: Path) -> Path:
 @pytest.fixture(scope="module")
 def sympy(session_directory: Path) -> Path:
     return _installed("sympy==1.12", session_directory)
+
+
+FORGED = ("conftest-report", "forged-summary", "forged-at-the-end", "unittest-forged", "captured-lines", "locale")
+
+
+@pytest.mark.needs("userns", "overlay", "git")
+def test_the_logs_of_the_hacks(graders: Graders, store_directory: Path, cache_directory: Path, tmp_path: Path) -> None:
+    """Those that the session has graded already, and some that forge their log."""
+    bench = Bench(Store(store_directory), Cache(cache_directory), Sources(tmp_path))
+    for hack in HACKS:
+        if hack.name in FORGED:
+            bench.report(hack, "official")
+    seen = [(task, report) for task, report in REPORTS if report.command]
+    assert len(seen) >= len(FORGED)
+    for task, report in seen:
+        lists = (task.tests.fail_to_pass, task.tests.pass_to_pass)
+        for parser in PARSERS:  # whichever SWE-bench would read it with
+            agree(graders, parser, report.log, *lists, exit_code=report.exit_code or 0)
 
 
 SCRIPT = """set -uxo pipefail
