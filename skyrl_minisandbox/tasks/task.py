@@ -40,6 +40,11 @@ class Tests(_Frozen):
     timeout: float = 300.0
     test_timeout: float | None = None
 
+    @property
+    def kind(self) -> str:
+        """What the command runs: `runner`, or what the parser's name says."""
+        return self.runner or self.parser
+
 
 class PublicTask(_Frozen):
     """All of a task that a scaffold and the sandbox of its rollout may know."""
