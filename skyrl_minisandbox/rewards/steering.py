@@ -36,9 +36,9 @@ _RUNNERS = {
 }
 # What runners import before the code under test, beside the standard library.
 _MODULES = frozenset({
-    "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "exceptiongroup", "tomli", "py", "attr", "colorama", "mock",
-    "xdist", "execnet", "hypothesis", "pytest_asyncio", "pytest_cov", "coverage", "nose", "six", "pkg_resources",
-    "setuptools", "importlib_metadata", "sitecustomize", "usercustomize",
+    "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "exceptiongroup", "tomli", "py", "attr", "colorama",
+    "mock", "xdist", "execnet", "hypothesis", "pytest_asyncio", "pytest_cov", "coverage", "nose", "six",
+    "pkg_resources", "setuptools", "importlib_metadata", "sitecustomize", "usercustomize",
 }) | sys.stdlib_module_names  # fmt: skip
 _TEST_DIRECTORY = re.compile(r"_?(?:tests?|testing)")
 _MODULE = re.compile(r"(?P<name>[^./]+)(?:\.[^/]*)?\.(?:py|so|pyd|pyc)$|(?P<package>[^./]+)$")
