@@ -16,7 +16,7 @@ COMMON = (
     ("tasks=pypi|swebench", "the dataset; tasks.ids=[a,b] for some of it, tasks.path=FILE"),
     ("scaffold=mini|gold|empty|wrong", "the agent; a dotted path for one of your own"),
     ("policy=script|openai", "who answers it; policy.base_url=URL policy.model=NAME"),
-    ("reward=binary|fraction|shaped", "what a grade is worth; grading=protected|official, how it is made"),
+    ("reward=binary|fraction|shaped", "a grade as a number; grading=protected|official makes the grade"),
     ("cluster=ray|local", "where it runs; cluster.nodes=N"),
     ("images.store=DIR images.cache=DIR", "where images lie"),
     ("out=DIR", "the run directory"),
@@ -42,9 +42,12 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 def short_help(name: str, verb: Verb) -> str:
     """`minisandbox VERB -h`."""
     word = f" {'|'.join(verb.words)}" if verb.words else ""
-    own = "".join(f" {key}=…" for key in verb.keys) + "".join(f" [{option}]" for option in verb.options)
+    own = f" {verb.argument[0]}" if verb.argument[0] else ""
+    own += "".join(f" {key}=…" for key in verb.keys) + "".join(f" [{option}]" for option in verb.options)
     lines = [f"usage: minisandbox {name}{word}{own}{' [--json]' if verb.json else ''} [group=choice key=value …]"]
     lines += ["", verb.summary, ""]
+    if verb.argument[0]:
+        lines += _columns([verb.argument])
     if verb.keys or verb.options:
         lines += _columns([(f"{key}=…", sentence) for key, sentence in verb.keys.items()])
         lines += _columns(list(verb.options.items()))

@@ -21,6 +21,7 @@ class Verb(NamedTuple):
     summary: one line for `minisandbox -h`. words: the sub-verbs, if it has any.
     keys: keys that only this verb knows, with a sentence each; all others are the configuration's.
     json: it prints data, and knows `--json`. options: further ones, with a sentence each.
+    argument: what it takes beside keys, with a sentence: one word that is not `key=value`, or a file.
     """
 
     summary: str
@@ -28,6 +29,7 @@ class Verb(NamedTuple):
     keys: Mapping[str, str] = {}
     json: bool = False
     options: Mapping[str, str] = {}
+    argument: tuple[str, str] = ("", "")
 
 
 VERBS: dict[str, Verb] = {
@@ -48,12 +50,22 @@ VERBS: dict[str, Verb] = {
         keys={"task": "the id of the task whose image to show"},
         json=True,
     ),
-    "validate": Verb("check that tasks judge: empty fails, gold passes, it repeats, no future in it", json=True),
+    "validate": Verb(
+        "check that tasks judge: empty fails, gold passes, it repeats, no future in it",
+        json=True,
+        options={"--gates-only": "the four gates and nothing else: about half of the time"},
+    ),
     "rollout": Verb("run a scaffold on tasks and grade what it leaves"),
     "grade": Verb(
         "run the tests on finished patches",
         keys={"predictions": "JSONL or JSON in SWE-bench's format"},
         json=True,
+    ),
+    "explain": Verb(
+        "why the outcome of a rollout is what it is",
+        json=True,
+        options={"--all": "every test, also those that pass before and after"},
+        argument=("ROLLOUT", "its id or that of its task, or the path of a grades/ID.json"),
     ),
     "shell": Verb(
         "a shell in a sandbox of a task's image",
@@ -66,6 +78,7 @@ class Request(NamedTuple):
     """A command line, taken apart.
 
     word: the sub-verb, or "". own: the verb's own keys. overrides: the configuration's. options: those given.
+    argument: the word that the verb takes, or "".
     """
 
     verb: str
@@ -74,6 +87,7 @@ class Request(NamedTuple):
     overrides: tuple[str, ...]
     json: bool
     options: frozenset[str] = frozenset()
+    argument: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,6 +153,7 @@ def read(name: str, arguments: Sequence[str]) -> Request:
     known = (*verb.options, *(["--json"] if verb.json else []))
     own: dict[str, str] = {}
     overrides = []
+    argument = ""
     for one in rest:
         key, equals, value = one.partition("=")
         if one in known:
@@ -146,11 +161,13 @@ def read(name: str, arguments: Sequence[str]) -> Request:
         if one.startswith("-"):
             hint = f"options: {', '.join((*known, '-h', '--help'))}"
             raise InputError(f"minisandbox {name}: unknown option `{one}`", hint=hint)
-        if equals and key in verb.keys:
+        if verb.argument[0] and not argument and (not equals or os.path.exists(one)):
+            argument = one
+        elif equals and key in verb.keys:
             own[key] = value
         else:
             overrides.append(one)
-    return Request(name, word, own, tuple(overrides), "--json" in rest, frozenset(rest) & set(verb.options))
+    return Request(name, word, own, tuple(overrides), "--json" in rest, frozenset(rest) & set(verb.options), argument)
 
 
 def _end_on_signals() -> None:

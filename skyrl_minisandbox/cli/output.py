@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
     """Columns two spaces apart on stdout, readable without colour. right: columns aligned to the right."""
+    print(format_table(headers, rows, right=right))
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    """The text that `print_table` prints."""
     widths = [max(len(line[column]) for line in [headers, *rows]) for column in range(len(headers))]
+    lines = []
     for line in [headers, *rows]:
         cells = [
             cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
             for column, cell in enumerate(line)
         ]
-        print("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def print_json(data: Any) -> None:

@@ -72,8 +72,7 @@ class RunDirectory:
         assert self._results is not None and self._predictions is not None
         try:
             for directory, data in (("trajectories", said), ("grades", graded)):
-                text = json.dumps(data, indent=1, default=str)
-                (self.path / directory / f"{record.rollout_id}.json").write_text(text)
+                write_json(self.path / directory / f"{record.rollout_id}.json", data)
             with self._lock:
                 self._append(self._predictions, prediction)
                 self._append(self._results, record.to_json())
@@ -103,6 +102,18 @@ class RunDirectory:
 def grade_json(record: RolloutRecord, report: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a `grades/ID.json` holds. report: `TestReport.to_json()`, None when nothing was graded."""
     return {**record.to_json(), "report": None if report is None else dict(report)}
+
+
+def write_json(path: Path, data: Any) -> None:
+    """One JSON document, whole or not at all; its directory is made. Raises `OSError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps(data, indent=1, default=str))
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def check_unused(path: Path) -> None:

@@ -17,7 +17,7 @@ def run(request: Request) -> int:
     bench = Workbench(load_settings(request.overrides))
     task = bench.one_task(request.own.get("task"))
     image = bench.images([task])[task.id]
-    with bench.opener(task, image) as open_sandbox, open_sandbox() as sandbox:
+    with bench.opener(image) as open_sandbox, open_sandbox() as sandbox:
         if "command" in request.own:
             return _show(sandbox.run(request.own["command"], cwd=task.recipe.workdir, timeout=3600))
         return _lines(sandbox, task.recipe.workdir)

@@ -1,136 +1,198 @@
-"""`minisandbox validate`: four gates that a task must pass before anything is trained on it."""
+"""`minisandbox validate`: four gates that a task must pass before anything is trained on it.
+
+With `out=DIR` every task's row is written as it ends, to `DIR/validation.jsonl`; the same command again goes on
+where that one was ended. At the end `DIR/validation.json` has the rows in the order of the tasks, for programs and
+for `tasks.validation`, and `DIR/validation.txt` the same for people.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
+import textwrap
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from skyrl_minisandbox.cli.grade import graded, parallel
+from skyrl_minisandbox.cli.gates import Bench, judge
+from skyrl_minisandbox.cli.grade import parallel
+from skyrl_minisandbox.cli.live_table import WORDS, LiveTable
 from skyrl_minisandbox.cli.main import Request
-from skyrl_minisandbox.cli.output import Progress, print_json, print_table, seconds
+from skyrl_minisandbox.cli.output import format_table, print_json, seconds
+from skyrl_minisandbox.cli.rows_file import RowsFile
 from skyrl_minisandbox.cli.settings import load_settings
 from skyrl_minisandbox.cli.workbench import Workbench, in_threads
 from skyrl_minisandbox.errors import MiniSandboxError
 from skyrl_minisandbox.images import Image
-from skyrl_minisandbox.rewards import TestReport
-from skyrl_minisandbox.sandbox import Sandbox
 from skyrl_minisandbox.tasks import Task
+from skyrl_minisandbox.tasks.validation import GATES, Validation
 
-GATES = ("empty_fails", "gold_passes", "repeats", "no_future")
+GATES_ONLY = "--gates-only"
 
-# Commits of the object database that HEAD does not lead to, whatever refers to them (refs, reflogs, nothing);
-# then remotes and tags.
-FUTURE = r"""
-command -v git >/dev/null || { test ! -e .git && exit 0; echo 'no git to look with'; exit 3; }
-test -e .git || exit 0
-git -c safe.directory='*' cat-file --batch-all-objects --batch-check='%(objecttype) %(objectname)' |
-    sed -n 's/^commit //p' | sort >/tmp/all || exit 3
-git -c safe.directory='*' rev-list HEAD | sort >/tmp/past || exit 3
-comm -23 /tmp/all /tmp/past
-git -c safe.directory='*' remote
-git -c safe.directory='*' tag
-"""
+_RETRIED = ("build_failed", "not_judged")
+"""What says nothing lasting about a task: an index that was down, a node in trouble."""
 
 
 def run(request: Request) -> int:
-    """Judge the tasks; 1 when some gate is not passed."""
+    """Judge the tasks; 1 when some gate of one is not passed."""
     settings = load_settings(request.overrides)
     bench = Workbench(settings)
+    reports = GATES_ONLY not in request.options
     tasks = bench.tasks()
-    images = bench.images(tasks)
-    rows: dict[str, dict[str, Any]] = {}
-    lock = threading.Lock()  # guards `rows`
-    with Progress("tasks to validate", len(tasks)) as progress:
+    out = Path(settings.env.out) if settings.env.out else None
+    with _rows_file(out) as file:
+        images, failed = bench.built(tasks)
+        rows = _earlier(file, tasks, images, bench, reports) if file else {}
+        left = [task for task in tasks if task.id not in rows]
+        lock = threading.Lock()  # guards `rows`
+        with LiveTable("tasks to validate", GATES, len(tasks), earlier=len(rows)) as table:
 
-        def one(task: Task) -> None:
-            row = validate(bench, task, images[task.id], functools.partial(progress.say, task.id))
-            with lock:
-                rows[task.id] = row
-            progress.done(task.id, "valid" if row["valid"] else row["error"])
+            def one(task: Task) -> None:
+                if task.id in failed:
+                    row = _not_built(task, failed[task.id], bench)
+                else:
+                    row = _judged(task, images[task.id], bench, reports, table)
+                if file:
+                    file.append(row.model_dump(mode="json"))
+                with lock:
+                    rows[task.id] = row
+                table.done(task.id, row.failure or "valid", row.error)
 
-        in_threads([functools.partial(one, task) for task in tasks], parallel(bench))
+            in_threads([functools.partial(one, task) for task in left], parallel(bench))
     report = [rows[task.id] for task in tasks]
-    if settings.env.out:
-        path = Path(settings.env.out)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "validation.json").write_text(json.dumps(report, indent=1))
+    if out:
+        data = [row.model_dump(mode="json") for row in report]
+        (out / "validation.json").write_text(json.dumps(data, indent=1))
+        (out / "validation.txt").write_text(text_of(report))
     if request.json:
-        print_json(report)
+        print_json([row.model_dump(mode="json") for row in report])
     else:
-        _print(report)
-        if settings.env.out:
-            print(f"report: {Path(settings.env.out) / 'validation.json'}")
-    return 0 if all(row["valid"] for row in report) else 1
+        print(text_of(report), end="")
+        if out:
+            print(f"report: {out / 'validation.json'}")
+    return 0 if all(row.valid for row in report) else 1
 
 
-def validate(bench: Workbench, task: Task, image: Image, say: Callable[[str], None]) -> dict[str, Any]:
-    """One task's row: each gate true or false, or null where it could not be tried, and why."""
-    row: dict[str, Any] = {
-        "task_id": task.id,
-        "valid": False,
-        **dict.fromkeys(GATES),
-        "seconds": 0.0,
-        "error": "",
-    }
+@contextlib.contextmanager
+def _rows_file(out: Path | None) -> Iterator[RowsFile | None]:
+    file = RowsFile(out / "validation.jsonl") if out else None
     try:
-        say("tests without a patch")
-        empty = _report(graded(bench, task, image, "", run_empty=True))
-        # It fails for the right reason only if the tests really ran: every fail-to-pass test failing because
-        # nothing could be collected is what many good tasks look like, a log without any result is not.
-        row["empty_fails"] = not empty.resolved and not any(empty.fail_to_pass.values())
-        say("tests with the gold patch")
-        gold = _report(graded(bench, task, image, task.gold_patch))
-        row["gold_passes"] = gold.resolved
-        row["seconds"] = gold.seconds
-        say("the same again")
-        again = _report(graded(bench, task, image, task.gold_patch))
-        differing = sorted(n for n in {*gold.tests, *again.tests} if gold.tests.get(n) != again.tests.get(n))
-        row["repeats"] = not differing and gold.outcome == again.outcome
-        say("later commits")
-        with bench.opener(task, image) as open_sandbox, open_sandbox() as sandbox:
-            future = reachable_future(sandbox, task.recipe.workdir)
-        row["no_future"] = not future
-        row["error"] = _why(row, empty, gold, differing, future)
-        row["valid"] = all(row[gate] for gate in GATES)
-    except MiniSandboxError as error:
-        row["error"] = error.message
-    return row
+        yield file
+    finally:
+        if file:
+            file.close()
 
 
-def reachable_future(sandbox: Sandbox, workdir: str) -> str:
-    """The first commit, remote or tag that leads beyond HEAD; empty when there is none."""
-    result = sandbox.run(["bash", "-c", FUTURE], cwd=workdir, timeout=60)
-    lines = result.stdout.decode("utf-8", "replace").split()
-    if result.exit_code != 0:
-        return f"could not look: {result.output.strip()[-200:]}"
-    return lines[0] if lines else ""
+def _earlier(
+    file: RowsFile, tasks: Sequence[Task], images: dict[str, Image], bench: Workbench, reports: bool
+) -> dict[str, Validation]:
+    """Rows of an earlier command that still hold: the same task in the same image, graded the same way."""
+    known: dict[str, Validation] = {}
+    for data in file.rows:
+        with contextlib.suppress(ValueError, KeyError):  # of another version of this package: judged again
+            known[data["task_id"]] = Validation.model_validate(data)
+    grading = dataclasses.asdict(bench.settings.env.grading)
+    return {
+        task.id: row
+        for task in tasks
+        if task.id in images
+        and (row := known.get(task.id)) is not None
+        and (row.task_digest, row.image_digest) == (task.digest(), images[task.id].digest)
+        and row.grading == grading
+        and row.failure not in _RETRIED
+        and (row.reported or not reports)
+    }
 
 
-def _report(report: TestReport | MiniSandboxError) -> TestReport:
-    if isinstance(report, MiniSandboxError):
-        raise report
-    return report
+def _judged(task: Task, image: Image, bench: Workbench, reports: bool, table: LiveTable) -> Validation:
+    grading = bench.settings.env.grading
+    try:
+        with bench.opener(image) as open_sandbox:
+            work = Bench(
+                open_sandbox,
+                functools.partial(open_sandbox, network="host"),
+                grading,
+                reports=reports,
+                say=functools.partial(table.say, task.id),
+                gate=functools.partial(table.gate, task.id),
+            )
+            return judge(task, image.digest, work)
+    except MiniSandboxError as error:  # the image could not be checked out
+        return Validation(
+            task_id=task.id,
+            task_digest=task.digest(),
+            image_digest=image.digest,
+            grading=dataclasses.asdict(grading),
+            failure="not_judged",
+            error=error.message,
+        )
 
 
-def _why(row: dict[str, Any], empty: TestReport, gold: TestReport, differing: list[str], future: str) -> str:
-    if not row["empty_fails"]:
-        passing = [name for name, good in empty.fail_to_pass.items() if good]
-        return f"passes without a patch: {passing[0] if passing else empty.outcome}"
-    if not row["gold_passes"]:
-        return f"the gold patch is {gold.outcome}: {gold.error}"
-    if not row["repeats"]:
-        return f"another verdict the second time: {', '.join(differing[:3]) or 'outcome'}"
-    return "" if row["no_future"] else f"beyond HEAD: {future}"
+def _not_built(task: Task, error: MiniSandboxError, bench: Workbench) -> Validation:
+    first, _, rest = error.message.partition("\n")
+    lines = [*rest.splitlines(), *([f"hint: {error.hint}"] if error.hint else [])]
+    return Validation(
+        task_id=task.id,
+        task_digest=task.digest(),
+        grading=dataclasses.asdict(bench.settings.env.grading),
+        failure="build_failed",
+        error=first,
+        log=tuple(line.strip() for line in lines),
+    )
 
 
-def _print(report: list[dict[str, Any]]) -> None:
-    words = {True: "yes", False: "NO", None: "-"}
-    rows = [
-        [row["task_id"], *(words[row[gate]] for gate in GATES), seconds(row["seconds"]), row["error"]] for row in report
+def text_of(report: Sequence[Validation]) -> str:
+    """The report for people: a table, the tasks that are not valid with the log's lines, and what else was seen."""
+    table = [
+        [
+            row.task_id,
+            row.failure or "valid",
+            *(WORDS[gate] for gate in row.gates()),
+            WORDS[row.modes_agree],
+            WORDS[row.wrong_fails],
+            _order(row),
+            WORDS[None if row.needs_network is None else not row.needs_network],
+            str(len(row.flaky)) if row.flaky else "",
+            seconds(row.seconds),
+        ]
+        for row in report
     ]
-    print_table(["task", *(gate.replace("_", " ") for gate in GATES), "seconds", "error"], rows, right=[5])
-    print(f"\n{sum(row['valid'] for row in report)} of {len(report)} tasks are valid")
+    gates = [gate.replace("_", " ") for gate in GATES]
+    headers = ["task", "verdict", *gates, "modes agree", "wrong fails", "any order", "no network", "flaky", "gold s"]
+    parts = [format_table(headers, table, right=[10, 11]), ""]
+    for row in report:
+        parts += _story(row)
+    counts = Counter(row.failure or "valid" for row in report)
+    valid = counts.pop("valid", 0)
+    others = "".join(f", {number} {word.replace('_', ' ')}" for word, number in sorted(counts.items()))
+    parts += [f"{valid} of {len(report)} tasks are valid{others}"]
+    return "\n".join(parts) + "\n"
+
+
+def _order(row: Validation) -> str:
+    return WORDS[None if not row.order else not row.order_matters]
+
+
+def _story(row: Validation) -> list[str]:
+    """What a reader must know of one task beside the table; nothing for one that is as it should be."""
+    lines = []
+    if row.failure:
+        lines += textwrap.wrap(row.error, 110, initial_indent="  ", subsequent_indent="    ")
+        lines += [f"  | {line}" for line in row.log]
+    if row.flaky:
+        lines += ["  dropped, as they come out now so, now so:" if row.valid else "  now so, now so:"]
+        lines += [f"    {name}" for name in row.flaky]
+    if row.already_pass and row.valid:
+        lines += ["  pass without the patch too:", *(f"    {name}" for name in row.already_pass)]
+    if row.wrong_fails is False:
+        lines += ["  a patch that only looks like the solution passes its tests"]
+    if row.differences:
+        lines += ["  the grading modes differ:", *(f"    {difference}" for difference in row.differences)]
+    if row.order_matters:
+        lines += [f"  fail when {row.order}:", *(f"    {name}" for name in row.order_matters)]
+    if row.needs_network:
+        lines += ["  gold passes with a network, which grading never has"]
+    return [f"{row.task_id}: {row.failure or 'valid'}", *lines, ""] if lines else []

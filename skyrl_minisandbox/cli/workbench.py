@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from skyrl_minisandbox.cli.output import Progress
 from skyrl_minisandbox.cli.settings import Settings
-from skyrl_minisandbox.errors import BuildError, InputError, MiniSandboxError
+from skyrl_minisandbox.errors import BuildError, InputError, MachineError, MiniSandboxError
 
 if TYPE_CHECKING:
     from skyrl_minisandbox.images import Cache, Image, Store
@@ -79,58 +79,77 @@ class Workbench:
 
         Every build gets its chance; then the first failure is raised, with the number of the others.
         """
+        found, failed = self.built(tasks)
+        if failed:
+            raise build_failure(list(failed.items()), len(tasks))
+        return found
+
+    def built(self, tasks: Sequence[Task]) -> tuple[dict[str, Image], dict[str, MiniSandboxError]]:
+        """The image of each task by task id, and why the others have none.
+
+        Raises `MachineError` in the end where one was in the way: that is no task's doing.
+        """
         from skyrl_minisandbox.images import build_image
 
         missing = [task for task in tasks if self.store.find(task.recipe.digest()) is None]
         found: dict[str, Image] = {}
+        failed: dict[str, MiniSandboxError] = {}
 
-        def build(task: Task, progress: Callable[[str], None] | None) -> Image:
-            return build_image(
-                task.recipe,
-                store=self.store,
-                cache=self.cache,
-                pythons=self.settings.env.images.pythons,
-                progress=progress,
-                name=task.id,
-                sources=self.sources,
-            )
+        def build(task: Task, progress: Callable[[str], None] | None) -> None:
+            try:
+                found[task.id] = build_image(
+                    task.recipe,
+                    store=self.store,
+                    cache=self.cache,
+                    pythons=self.settings.env.images.pythons,
+                    progress=progress,
+                    name=task.id,
+                    sources=self.sources,
+                )
+            except MiniSandboxError as error:
+                failed[task.id] = error
 
-        failed: list[tuple[str, MiniSandboxError]] = []
         if missing:
             with Progress("images to build", len(missing)) as progress:
 
                 def one(task: Task) -> None:
-                    try:
-                        found[task.id] = build(task, lambda text: progress.say(task.id, text))
-                        progress.done(task.id, "built")
-                    except MiniSandboxError as error:
-                        failed.append((task.id, error))
-                        progress.done(task.id, "failed")
+                    build(task, lambda text: progress.say(task.id, text))
+                    progress.done(task.id, "failed" if task.id in failed else "built")
 
                 in_threads([functools.partial(one, task) for task in missing], self.settings.builds)
-        if failed:
-            raise _build_failure(failed, len(missing))
         for task in tasks:
-            if task.id not in found:
-                found[task.id] = build(task, None)  # the stored one, if it fits this machine
-        return found
+            if task.id not in found and task.id not in failed:
+                build(task, None)  # the stored one, if it fits this machine
+        machine = [(name, error) for name, error in failed.items() if isinstance(error, MachineError)]
+        if machine:
+            raise build_failure(machine, len(tasks))
+        return found, failed
 
     @contextmanager
-    def opener(self, task: Task, image: Image) -> Iterator[Callable[[], Sandbox]]:
-        """Check the image out for as long as this lasts; gives what opens a fresh sandbox of it."""
+    def opener(self, image: Image) -> Iterator[Callable[..., Sandbox]]:
+        """Check the image out for as long as this lasts; gives what opens a fresh sandbox of it.
+
+        That takes `network`, `none` (the default) or `host`.
+        """
         from skyrl_minisandbox.sandbox import Sandbox
 
         config = self.settings.env.sandbox
         with self.cache.checkout(image, self.store) as checkout:
-            spec = checkout.sandbox_spec(
-                limits=config.limits(),
-                allow_degraded=tuple(config.allow_degraded),
-                on_disk=config.upper == "disk",
-            )
-            yield lambda: Sandbox(spec)
+
+            def open_sandbox(network: str = "none") -> Sandbox:
+                spec = checkout.sandbox_spec(
+                    limits=config.limits(),
+                    network=network,
+                    allow_degraded=tuple(config.allow_degraded),
+                    on_disk=config.upper == "disk",
+                )
+                return Sandbox(spec)
+
+            yield open_sandbox
 
 
-def _build_failure(failed: list[tuple[str, MiniSandboxError]], total: int) -> MiniSandboxError:
+def build_failure(failed: Sequence[tuple[str, MiniSandboxError]], total: int) -> MiniSandboxError:
+    """One error for the images that have none. failed: task id and reason, of `total` tasks."""
     first = failed[0][1]
     if len(failed) == 1:
         return first
