@@ -17,7 +17,7 @@ import os
 import posixpath
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 from skyrl_minisandbox.errors import StoreError
@@ -170,11 +170,16 @@ class _Comparison:
     def take(self, layer: IO[bytes]) -> Taken:
         """The patch. layer: what the tree was read from."""
         ignores = [path for path, size in self._tree.files.items() if _is_ignore_file(path) and size <= _LARGEST_IGNORE]
-        if ignores and not self._unpack(layer, ignores, f"{self._repository}/ignores"):
-            return Taken("", "everything: the disk of a sandbox does not hold it")
+        if ignores:
+            directory = f"{self._repository}/ignores"
+            self._sandbox.run(["mkdir", "-p", directory], cwd="/", timeout=_TIMEOUT)
+            if not self._unpack(layer, ignores, directory):
+                return Taken("", "everything: the disk of a sandbox does not hold it")
         if not self.prepare():
             return Taken("", "everything: the names of its files cannot be compared")
         kept, tracked = self._list("kept"), set(self._list("tracked"))
+        if ignored := self._list("had.ignored"):
+            kept += _in_the_way(ignored, [path for path in kept if path in self._tree.files])
         there = False
         for limit in (LARGEST_PATCH, LARGEST_PATCH // 2, 0):
             chosen, left_out = self._choose(kept, tracked, limit)
@@ -224,11 +229,8 @@ class _Comparison:
             layer.seek(0)
             write_files(layer, files, self._tree, paths, self._workdir.strip("/"))
             files.seek(0)
-            made = self._sandbox.run(["mkdir", "-p", directory], cwd="/", timeout=_TIMEOUT)
-            untar = ["tar", "-x", "-m", "--no-same-owner", "-f", "-"]
-            return made.exit_code == 0 and (
-                self._sandbox.run(untar, input=files, cwd=directory, timeout=_TIMEOUT).exit_code == 0
-            )
+            untar = ["tar", "-x", "-m", "--no-same-owner", "-f", "-", "-C", directory]
+            return self._sandbox.run(untar, input=files, cwd="/", timeout=_TIMEOUT).exit_code == 0
 
     def _script(self, script: str, *arguments: str) -> bool:
         argv = ["bash", "-c", script, "patch", self._repository, *arguments]
@@ -245,6 +247,17 @@ class _Comparison:
 
 def _names(paths: Iterable[str]) -> bytes:
     return b"".join(os.fsencode(path) + b"\0" for path in paths)
+
+
+def _in_the_way(had: list[str], new: list[str]) -> list[str]:
+    """Those of the image's ignored files that must go, because a new file has their directory's name or the reverse."""
+    files, above = set(new), {parent for path in new for parent in _parents(path)}
+    return [path for path in had if path in above or any(parent in files for parent in _parents(path))]
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path := posixpath.dirname(path):
+        yield path
 
 
 def _is_ignore_file(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,20 +30,31 @@ RECIPE = Recipe(
 Opener = Callable[[], Sandbox]
 
 
-@pytest.fixture
-def open_sandbox(store_directory: Path, cache_directory: Path) -> Iterator[Opener]:
-    """Fresh sandboxes of that image, with little memory and disk."""
+@contextlib.contextmanager
+def sandboxes(
+    recipe: Recipe, store_directory: Path, cache_directory: Path, *, disk: int = 64 << 20, memory: int = 512 << 20
+) -> Iterator[Opener]:
+    """Fresh sandboxes of that recipe's image, with little memory and disk; closed at the end."""
     require("userns", "overlay", "git")
     store, cache = Store(store_directory), Cache(cache_directory)
-    image = build_image(RECIPE, store=store, cache=cache, pythons=(), progress=None)
+    image = build_image(recipe, store=store, cache=cache, pythons=(), progress=None)
     made: list[Sandbox] = []
     with cache.checkout(image, store) as checkout:
 
         def make() -> Sandbox:
-            limits = Limits(memory=512 << 20, disk=64 << 20, processes=128)
+            limits = Limits(memory=memory, disk=disk, processes=128)
             made.append(Sandbox(checkout.sandbox_spec(limits=limits)))
             return made[-1]
 
+        try:
+            yield make
+        finally:
+            for sandbox in made:
+                sandbox.close()
+
+
+@pytest.fixture
+def open_sandbox(store_directory: Path, cache_directory: Path) -> Iterator[Opener]:
+    """Fresh sandboxes of that image."""
+    with sandboxes(RECIPE, store_directory, cache_directory) as make:
         yield make
-        for sandbox in made:
-            sandbox.close()

@@ -190,6 +190,7 @@ def test_an_opaque_or_removed_workdir_is_told() -> None:
     assert read_tree(layer(("testbed", b"a file", {})), "testbed").cleared
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "script",
     [
