@@ -19,7 +19,8 @@ class Tests(_Frozen):
     patch: unified diff that brings the hidden tests; applied on top of the image's own files.
     files: every path that `patch` touches, relative to the workdir; restored from the image first.
     command: shell command, run in the workdir of a fresh sandbox.
-    parser: name of the log parser that reads the command's output (`pytest`, `unittest`, `django`, `sympy`).
+    parser: name of the log parser that reads the command's output: `pytest`, `unittest`, `django`, `sympy`, one of
+        SWE-bench's own (`swebench-pytest-v2`, ...), or a dotted path.
     runner: what the command runs: `pytest`, `unittest`, `django`, `sympy`, or `command` for anything else.
         Empty: that of the parser's name.
     fail_to_pass, pass_to_pass: whole test names as the parser gives them.
