@@ -194,7 +194,7 @@ def test_django_is_asked_for_modules_and_sympy_has_its_own_parser(tmp_path: Path
     assert (django.tests.parser, django.tests.runner) == ("swebench-django", "django")
     assert django.tests.files == ("tests/forms_tests/tests/test_validators.py", "tests/forms_tests/a.txt")
     sympy = load_one(tmp_path, repo="sympy/sympy", instance_id="sympy__sympy-20916", version="1.8")
-    assert sympy.tests.parser == "sympy"
+    assert (sympy.tests.parser, sympy.tests.runner) == ("swebench-sympy", "sympy")
 
 
 def test_both_names_of_a_renamed_file_are_restored() -> None:
