@@ -181,12 +181,13 @@ def test_a_full_disk_under_the_run_directory(tmp_path: Path, small_disk: Path) -
     directory.add(record, "m", {"patch": "p"}, {})
     record.rollout_id = "r-2"
     with pytest.raises(MachineError) as caught:
-        directory.add(record, "m", {"log": "x" * (30 << 20)}, {})
+        directory.add(record, "m", {"report": {"log": "x" * (30 << 20)}}, {})
     directory.close()
     assert caught.value.render().replace(str(tmp_path), "DIR") == (
         "the result of task t cannot be written to DIR/disk/run: No space left on device\nhint: df -h DIR/disk/run"
     )
     assert len((small_disk / "run" / "results.jsonl").read_text().splitlines()) == 1
+    assert [path.name for path in (small_disk / "run" / "grades").iterdir()] == ["r-1.json"]
 
 
 NO_USERNS = ["unshare", "-Ur", "bash", "-c", 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"', "bash"]
