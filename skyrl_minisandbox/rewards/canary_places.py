@@ -22,6 +22,9 @@ _HARMLESS = frozenset({"override_settings", "modify_settings", "tag", "usefixtur
 # Databases flushed, servers and browsers started for every single test: right, but slow.
 _COSTLY = re.compile(r"Transaction|LiveServer|Selenium|Serial")
 
+# What of a command holds `::` without naming a test: a warnings filter (`PYTHONWARNINGS=ignore::UserWarning`).
+_FILTER = re.compile(r"[A-Za-z_]\w*=|-W|(?:default|error|ignore|always|module|once):")
+
 _UNITTEST_NAME = re.compile(r"^(\w+) \(([\w.]+)\)$")
 
 
@@ -180,7 +183,7 @@ def _selects(command: str) -> bool:
     for word in words:
         if word in ("-O", "-OO") or word.startswith("PYTHONOPTIMIZE="):
             return True  # `assert` would do nothing
-        if "::" in word or word.startswith("-k"):
+        if word.startswith("-k") or ("::" in word and not _FILTER.match(word)):
             return True
         if word == "-m" and runs_tests:
             return True
