@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-calls
-"""A pytest plug-in that reports over the results file. pytest 4 to 9.
+"""A pytest plug-in that reports over the results file. pytest 3.3 to 9.
 
 Loaded by an entry point before any conftest; the first process that is about to collect and run takes the file.
 """
@@ -116,6 +116,7 @@ def _plugin(ledger, config):
         def pytest_runtest_protocol(self, item):
             watch(item.nodeid)
 
+        @pytest.hookimpl(optionalhook=True)  # since 3.4
         def pytest_runtest_logfinish(self):
             watch(None)
 
