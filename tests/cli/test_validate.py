@@ -110,12 +110,14 @@ def test_a_bug_that_hangs_is_a_task_if_the_fix_does_not(judged: Judge) -> None:
     assert (row.valid, row.gates(), row.runs) == (True, [True] * 4, 3)
 
 
+@pytest.mark.ci
 def test_a_fail_to_pass_test_that_passes_already_is_told_where_others_do_not(judged: Judge) -> None:
     row = judged(task("half", fail_to_pass=(ANSWER, OTHER)))
     assert (row.valid, row.already_pass) == (True, (OTHER,))
     assert f"pass without the patch too:\n    {OTHER}" in text_of([row])
 
 
+@pytest.mark.ci
 def test_a_test_patch_that_does_not_fit_its_image_is_the_task_s_fault(judged: Judge) -> None:
     one = task("unfit")
     # As if the repository had been at another commit: the patch changes a file that is not there.
@@ -126,6 +128,7 @@ def test_a_test_patch_that_does_not_fit_its_image_is_the_task_s_fault(judged: Ju
     assert "does not fit its image" in row.error
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("command", "line"),
     [
