@@ -31,6 +31,9 @@ from skyrl_minisandbox.tasks.task import Task
 
 Opener = Callable[[], Sandbox]
 
+LONGEST_LOG = 32 << 20
+"""Bytes of each stream of the test command: of a longer log the middle is cut, and the verdicts in it are lost."""
+
 
 def grade(
     task: Task,
@@ -197,7 +200,9 @@ class _Grading:
 
     def _run(self, sandbox: Sandbox) -> CommandResult:
         try:
-            return sandbox.run(self._task.tests.command, cwd=self._task.recipe.workdir, timeout=self._timeout)
+            return sandbox.run(
+                self._task.tests.command, cwd=self._task.recipe.workdir, timeout=self._timeout, output=LONGEST_LOG
+            )
         except SandboxGone as error:
             raise _Died(error) from None
 

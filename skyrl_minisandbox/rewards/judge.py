@@ -26,7 +26,7 @@ from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.canaries import Planned
 from skyrl_minisandbox.rewards.channel import Results
 from skyrl_minisandbox.rewards.names import Names, is_test
-from skyrl_minisandbox.rewards.parsers import PASSING, load_parser
+from skyrl_minisandbox.rewards.parsers import PARSERS, PASSING, load_parser
 from skyrl_minisandbox.rewards.report import Canary
 from skyrl_minisandbox.sandbox import CommandResult
 from skyrl_minisandbox.tasks.task import Tests
@@ -55,7 +55,7 @@ def judge(
     log = load_parser(tests.parser)(done.output, asked)
     told = results.tests if results is not None else log
     canaries = tuple(_canary(one, told) for one in planned)
-    run = _Run(tests, told, log, hidden)
+    run = _Run(tests, told, log, _plain_log(tests, done.output, asked), hidden)
     passed = {name: run.passed(name) for name in asked}
     notes = _notes(passed, run, results, planned)
     bad = [name for name, good in passed.items() if not good]
@@ -78,12 +78,18 @@ class _Run:
     """What one run told, on the channel and in the log, canaries left out."""
 
     def __init__(
-        self, tests: Tests, told: Mapping[str, str], log: Mapping[str, str], hidden: Collection[str]
-    ) -> None:  # fmt: skip
+        self,
+        tests: Tests,
+        told: Mapping[str, str],
+        log: Mapping[str, str],
+        plain: Mapping[str, str],
+        hidden: Collection[str],
+    ) -> None:
         self.verdicts = {name: verdict for name, verdict in told.items() if name not in hidden}
         self.log = {name: verdict for name, verdict in log.items() if name not in hidden}
         self.names = Names(self.verdicts, tests.parser)
         self._kind = tests.kind
+        self._plain = plain
 
     def verdict(self, name: str) -> str | None:
         """What the listed test `name` came out as."""
@@ -96,8 +102,14 @@ class _Run:
         """Whether the log has it passed and the runner knows better. A name that stands for several tests, of which
         the log has but the last, tells nothing."""
         return (
-            self.log.get(name) == "PASSED" and len(self.names.tests(name)) < 2 and self.verdict(name) not in PASSING
+            self._plain.get(name) == "PASSED" and len(self.names.tests(name)) < 2 and self.verdict(name) not in PASSING
         )
+
+
+def _plain_log(tests: Tests, log: str, asked: Sequence[str]) -> Mapping[str, str]:
+    """The log as our own parser of the runner reads it: those of datasets take lines for verdicts that any test may
+    print, which is no proof of a forged log."""
+    return load_parser(tests.kind)(log, asked) if tests.kind in PARSERS else {}
 
 
 def _why(done: CommandResult, run: _Run, bad: Sequence[str], results: Results | None) -> str:
@@ -134,7 +146,8 @@ def _tampered(
     if results.changed:
         return f"parts of the test runner were replaced: {', '.join(results.changed[:3])}"
     if results.asked is not None:
-        strange = sorted(set(results.tests) - results.asked)
+        told = results.tests.items()
+        strange = sorted(name for name, verdict in told if verdict in PASSING and name not in results.asked)
         if strange:
             return f"there are results of tests that were not asked for: {', '.join(strange[:3])}"
     forged = [name for name in asked if run.forged(name)]

@@ -142,12 +142,12 @@ class Box:
         """When the result of a command that begins now is due. timeout: its own, in seconds."""
         return time.monotonic() + timeout + ANSWER_SLACK if timeout is not None else None
 
-    def result(self, request: int, timeout: float | None) -> CommandResult:
-        """What a command did. timeout: its own, in seconds."""
+    def result(self, request: int, timeout: float | None, output: int | None = None) -> CommandResult:
+        """What a command did. timeout: its own, in seconds. output: bytes a stream may have, the usual when None."""
         deadline = self.deadline(timeout)
         streams: dict[int, bytearray] = {Answer.STDOUT: bytearray(), Answer.STDERR: bytearray()}
         merged = bytearray()
-        bound = 2 * self._output + wire.MAX_PAYLOAD
+        bound = 2 * (output or self._output) + wire.MAX_PAYLOAD
         while True:
             kind, payload = self.answer(request, deadline)
             if kind in streams:

@@ -163,18 +163,20 @@ class Sandbox:
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
         timeout: float | None = None,
+        output: int | None = None,
     ) -> CommandResult:
         """Run one command, stateless; a string goes to `bash -c`.
 
         input: what it reads on standard input; nothing otherwise. env: added to the spec's. timeout: seconds, then its
         process tree is killed, `timed_out` is told and the output so far is kept; None: `limits.command_seconds`.
+        output: bytes kept of each stream; None: `limits.output`.
         A program or directory that does not exist is a result too (exit code 127, 126), as in a shell.
         """
         timeout = self._deadline(timeout)
         argv = ["bash", "-c", command] if isinstance(command, str) else list(command)
         ask = {
             "argv": argv, "env": self._environment(env), "cwd": cwd or self.spec.workdir, "user": user,
-            "timeout": timeout, "input": input is not None,
+            "timeout": timeout, "input": input is not None, "output": output or self.spec.limits.output,
         }
         began = time.monotonic()
         with self._lock:
@@ -182,7 +184,7 @@ class Sandbox:
                 request = self._box.send(Ask.RUN, ask)
                 if input is not None:
                     self._box.send_data(request, input, self._box.deadline(timeout))
-                return self._box.result(request, timeout)
+                return self._box.result(request, timeout, output)
             except TooLong:  # more than a kernel takes anyway: told as a shell tells it
                 text = f"{argv[0]}: {os.strerror(errno.E2BIG)}\n".encode(errors="replace")
                 return CommandResult(stdout=b"", stderr=text, exit_code=126, merged=text)

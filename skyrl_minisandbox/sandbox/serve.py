@@ -164,7 +164,7 @@ class Server:
             for fd in theirs:
                 os.close(fd)
         out_read, err_read = ours[:2]
-        command = Command(request, pid, ask["timeout"], self._limits["output"])
+        command = Command(request, pid, ask["timeout"], ask["output"])
         self._commands[request] = command
         self._watch(command, out_read, 1)
         self._watch(command, err_read, 2)

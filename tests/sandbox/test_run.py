@@ -101,6 +101,15 @@ def test_output_beyond_the_limit_keeps_head_and_tail(sandbox: Sandbox) -> None:
     assert b"bytes of output were cut here" in result.stdout
 
 
+def test_one_command_may_have_another_output_limit(sandbox: Sandbox) -> None:
+    size = 2 * sandbox.spec.limits.output
+    whole = sandbox.run(f"head -c {size} /dev/zero; echo told >&2", output=2 * size)
+    assert not whole.truncated and (len(whole.stdout), whole.stderr) == (size, b"told\n")
+    short = sandbox.run("head -c 50000 /dev/zero", output=1000)
+    assert short.truncated and len(short.stdout) < 2000
+    assert sandbox.run(f"head -c {size} /dev/zero").truncated
+
+
 def test_commands_of_several_threads_do_not_mix(sandbox: Sandbox) -> None:
     wrong: list[str] = []
 
