@@ -248,7 +248,8 @@ class RolloutConfig(Config):
         with `ended_by=time` and is graded: a command inside can cause it, so it is scored.
     time: the same for all steps together; the model's own time does not count.
     setup: checkout and sandbox of the rollout. Above it: `infra_error`, as no command inside can cause it.
-    grade: what grading may take beside the tests' own time limit. Above it: `infra_error`.
+    grade: what grading may take beside the tests' own time limit; taking the patch has as much. Above it:
+        graded once more on another node, then `tests_timeout`; a patch can cause it.
     idle: how long a rollout waits for its next answer before it is given up. It must be above the
         longest pause of the trainer (a weight update); it frees what a crashed driver left open.
     """

@@ -78,6 +78,12 @@ def test_a_solved_task_has_reward_1(machine: Machine) -> None:
     assert RolloutRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
+def test_what_is_too_large_for_a_patch_is_told_and_does_not_cost_the_fix(machine: Machine) -> None:
+    finished = play(machine.rollout(), f"{SOLVE}; truncate -s 40M core", "submit")
+    assert verdict(finished.record) == ("resolved", "submit", 1.0)
+    assert finished.record.error.startswith("not in the patch: 1 untracked files of 40960 KiB, the largest of them 'core'")
+
+
 def test_the_end_is_given_again_however_often_it_is_asked_for(machine: Machine) -> None:
     rollout = machine.rollout()
     finished = play(rollout, "submit")
@@ -232,7 +238,7 @@ def test_a_dead_launcher_is_ours(machine: Machine) -> None:
     rollout = machine.rollout()
     rollout.open()
     os.kill(rollout._launcher.pid, signal.SIGKILL)  # type: ignore[union-attr]
-    finished = rollout.step("true").finished
+    finished = rollout.step("sleep 600").finished  # its init may take a moment to notice
     assert finished is not None
     assert verdict(finished.record) == ("infra_error", "error", None)
 

@@ -331,10 +331,10 @@ class TestEither:
         assert again.event == Event.LAUNCHER_LOST
 
     def test_a_launcher_that_dies_under_the_agent_is_ours(self, yard: Yard) -> None:
-        rollout = yard.rollout()
+        rollout = yard.rollout(options={"command_timeout": 60.0})
         rollout.open()
         kill(rollout._launcher.pid)  # type: ignore[union-attr]
-        finished = rollout.step("true").finished
+        finished = rollout.step("sleep 600").finished  # its init may take a moment to notice
         assert finished is not None
         masked(finished, Event.LAUNCHER_LOST)
 
