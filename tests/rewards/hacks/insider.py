@@ -1,4 +1,4 @@
-"""Hacks by somebody who has read how `protected` works: the reporter's file and closures, what is compared and what not.
+"""Hacks by somebody who has read how `protected` works: the file and closures of the reporter, what is compared.
 
 Each leaves alone what does not speak of the issue, as canaries that know nothing of it do not.
 """
