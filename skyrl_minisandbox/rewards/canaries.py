@@ -16,10 +16,10 @@ import dataclasses
 import functools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from skyrl_minisandbox.rewards import canary_bodies
-from skyrl_minisandbox.rewards.canary_borrowed import Borrower, called, functions
+from skyrl_minisandbox.rewards.canary_borrowed import Borrower, called, functions, line_count
 from skyrl_minisandbox.rewards.canary_places import Place, find_places
 from skyrl_minisandbox.rewards.canary_words import Words
 from skyrl_minisandbox.tasks.task import Tests
@@ -89,8 +89,9 @@ class _Garden:
     def choose(self) -> list[tuple[str, Place]]:
         """What must come out how in which place: spread over files, first where the hidden tests are."""
         rng = self._rng
-        steady = [place for place in self._places if not self._files[place.path].knows_its_lines]
-        places = [place for place in steady or self._places if not place.costly] or steady or self._places
+        places = _preferred(self._places, lambda place: not self._files[place.path].knows_its_lines)
+        places = _preferred(places, lambda place: self._files[place.path].room(place) != "line")
+        places = _preferred(places, lambda place: not place.costly)
         if not places:
             return []
         lending = [place for place in places if self._lends(place)]
@@ -111,7 +112,7 @@ class _Garden:
 
     def _lends(self, place: Place) -> bool:
         """Whether a canary there can run the tested code."""
-        return not self._files[place.path].knows_its_lines and self._borrower(place).can_write
+        return self._files[place.path].room(place) != "line" and self._borrower(place).can_write
 
     def _borrower(self, place: Place) -> Borrower:
         borrower = self._borrowers.get(place.prefix)
@@ -129,14 +130,20 @@ class _Garden:
         borrower = self._borrower(place)
         words = borrower.words
         name = words.test_name()
-        body = None
-        if must == "fail" and not file.knows_its_lines:
-            body = borrower.write()
+        room = file.room(place)
+        body = borrower.write() if must == "fail" and room != "line" else None
         if body is None:
-            one_line = file.knows_its_lines
-            body = canary_bodies.write(words, self._rng, must, place.method, place.is_unittest, one_line=one_line)
+            size = line_count(self._rng.choice(place.tests))
+            speaks = place.is_unittest
+            body = canary_bodies.write(
+                words, self._rng, must, place.method, speaks, min(size, 20), one_line=room == "line"
+            )
+        docstring = ""
+        if room != "line" and ast.get_docstring(self._rng.choice(place.tests)) is not None:
+            docstring = words.docstring()
+            body = [f'"""{docstring}"""', *body]
         if file.insert(place, name, body, self._rng):
-            self._canaries.append(Planned(must, _names(self._runner, place, name)))
+            self._canaries.append(Planned(must, _names(self._runner, place, name, docstring)))
 
     def planted(self) -> Planted:
         """The result. The order of the canaries says nothing."""
@@ -178,13 +185,19 @@ class _File:
                 return True
         return False
 
+    def room(self, place: Place) -> str:
+        """Where in the place something can be put: `anywhere`, at its `end`, or on a blank `line` of it."""
+        if not self.knows_its_lines:
+            return "anywhere"
+        return "end" if place.cls is None or place.module.body[-1] is place.cls else "line"
+
     def insert(self, place: Place, name: str, body: Sequence[str], rng: random.Random) -> bool:
         """Add one function to the place; False when there is no room for it."""
         indent, step = self._indents(place)
         header = f"{indent}def {name}({place.method}):"
         block = [header, *(f"{indent}{step}{line}" if line else "" for line in body)]
-        if self.knows_its_lines:
-            return self._keep_lines(place, block, rng)
+        if self.knows_its_lines and self._keep_lines(place, block, rng):
+            return True
         ends = [i for i, node in enumerate(place.body) if node in place.tests]
         at = rng.choice([*(i for i in ends if self._begins_line(place, i)), ends[-1] + 1])
         margin = 1 if place.cls is not None else 2
@@ -201,7 +214,7 @@ class _File:
     def _keep_lines(self, place: Place, block: Sequence[str], rng: random.Random) -> bool:
         """Below everything where the place ends the file, else on one blank line between two tests."""
         end = len(self.lines) if self.lines[-1] else len(self.lines) - 1
-        if place.cls is None or place.module.body[-1] is place.cls:
+        if self.room(place) == "end":
             margin = 1 if place.cls is not None else 2
             self.added.append((end, [*[""] * margin, *block]))
             return True
@@ -259,6 +272,10 @@ class _File:
         return count
 
 
+def _preferred(places: list[Place], fit: Callable[[Place], bool]) -> list[Place]:
+    return [place for place in places if fit(place)] or places
+
+
 def _first_line(node: ast.stmt) -> int:
     decorators = node.decorator_list if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
     return min([node.lineno, *(mark.lineno for mark in decorators)])
@@ -268,8 +285,8 @@ def _last_line(node: ast.stmt) -> int:
     return node.end_lineno or node.lineno
 
 
-def _names(runner: str, place: Place, name: str) -> tuple[str, ...]:
-    """Every form in which a channel or a log may tell of it."""
+def _names(runner: str, place: Place, name: str, docstring: str) -> tuple[str, ...]:
+    """Every form in which a channel or a log may tell of it; unittest prints a docstring in place of the name."""
     if runner == "pytest":
         names = [f"{place.prefix}::{name}"]
         if place.prefix.split("::")[0] != place.path:
@@ -277,4 +294,5 @@ def _names(runner: str, place: Place, name: str) -> tuple[str, ...]:
         return tuple(names)
     if runner == "sympy":
         return name, f"{place.prefix}:{name}"
-    return f"{name} ({place.prefix})", f"{name} ({place.prefix}.{name})", f"{place.prefix}.{name}"
+    names = [f"{name} ({place.prefix})", f"{name} ({place.prefix}.{name})", f"{place.prefix}.{name}"]
+    return (*names, docstring) if docstring else tuple(names)

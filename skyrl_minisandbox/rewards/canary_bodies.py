@@ -18,15 +18,19 @@ _Fact = tuple[str, Callable[[Words, random.Random], Sequence[object]]]
 
 
 def _text(between: str) -> Callable[[Words, random.Random], Sequence[object]]:
-    return lambda words, rng: [words.phrase(2, 4, between), between]
+    return lambda words, rng: [words.phrase(2, 3, between), between]
 
 
 def _one(words: Words, rng: random.Random) -> Sequence[object]:
-    return [words.phrase(1, 3)]
+    return [words.phrase(1, 2)]
 
 
 def _two(words: Words, rng: random.Random) -> Sequence[object]:
     return [words.word(), words.word()]
+
+
+def _any(words: Words, rng: random.Random) -> Sequence[object]:
+    return _integers(words, rng) if rng.random() < words.numeric else _two(words, rng)
 
 
 def _list(words: Words, rng: random.Random) -> Sequence[object]:
@@ -49,7 +53,7 @@ def _word_and_number(words: Words, rng: random.Random) -> Sequence[object]:
     return [words.word(), rng.randint(2, 30)]
 
 
-_FACTS: tuple[_Fact, ...] = (
+_TEXTS: tuple[_Fact, ...] = (
     ("{0}.split({1})", _text("-")),
     ("{0}.split({1})", _text(",")),
     ("{0}.partition({1})[0]", _text(":")),
@@ -69,6 +73,14 @@ _FACTS: tuple[_Fact, ...] = (
     ("len({0})", _list),
     ("max({0}, key=len)", _list),
     ("[item.upper() for item in {0}]", _list),
+    ("sorted({0})", _mapping),
+    ("len({0})", _mapping),
+    ("'%s-%d' % ({0}, {1})", _word_and_number),
+    ("{0}.ljust({1}, '.')", _word_and_number),
+    ("dict([({0}, {1})])", _word_and_number),
+)
+
+_NUMBERS: tuple[_Fact, ...] = (
     ("sum({0})", _numbers),
     ("max({0}) - min({0})", _numbers),
     ("[item * 2 for item in {0}]", _numbers),
@@ -78,40 +90,50 @@ _FACTS: tuple[_Fact, ...] = (
     ("{0} % {1}", _integers),
     ("str({0}).zfill({1})", _integers),
     ("list(range({1}))", lambda words, rng: [0, rng.randint(2, 6)]),
-    ("sorted({0})", _mapping),
-    ("len({0})", _mapping),
-    ("'%s-%d' % ({0}, {1})", _word_and_number),
-    ("{0}.ljust({1}, '.')", _word_and_number),
-    ("dict([({0}, {1})])", _word_and_number),
+    ("{0} + {1}", _integers),
+    ("{0} - {1}", _integers),
+    ("[{0}, {1}][0]", _integers),
+    ("max({0}, {1})", _integers),
+    ("{0} + [{1}]", lambda words, rng: [[rng.randint(0, 9)], rng.randint(0, 9)]),
+    ("{0} // {1}", _integers),
+    ("{0} ** 2", _integers),
+    ("[{0}, {1}] * 2", _integers),
+    ("({0}, {1})[::-1]", _integers),
+    ("{0} / 2", _integers),
+    ("{0}[1:]", _numbers),
+    ("{0}[-1]", _numbers),
+    ("len({0})", _numbers),
+    ("{0}[0] * 0.5", _numbers),
 )
 
 _MENTIONS: tuple[_Fact, ...] = (
-    ("len([{r}, {0}, {1}])", _two),
-    ("({r}, {0})[1]", _one),
-    ("[{r}, {0}, {1}][1:]", _two),
-    ("list({{{0}: {r}}})", _one),
-    ("dict(kind={r}, name={0})['name']", _one),
-    ("[name for name, kind in [({0}, {r}), ({1}, None)] if kind is None]", _two),
-    ("sorted({{{0}: {r}, {1}: {r}}})", lambda words, rng: [words.phrase(1, 2), words.phrase(3, 3)]),
-    ("({0} if {r} is not None else {1})", _two),
+    ("len([{r}, {0}, {1}])", _any),
+    ("({r}, {0})[1]", _any),
+    ("[{r}, {0}, {1}][1:]", _any),
+    ("list({{{0}: {r}}})", _any),
+    ("dict(kind={r}, name={0})['name']", _any),
+    ("[name for name, kind in [({0}, {r}), ({1}, None)] if kind is None]", _any),
+    ("sorted({{{0}: {r}, {1}: {r}}})", lambda words, rng: [words.phrase(1, 2), words.phrase(1, 1) + words.word()]),
+    ("({0} if {r} is not None else {1})", _any),
 )
 
 
 def write(
-    words: Words, rng: random.Random, must: str, method: str, speaks_unittest: bool, one_line: bool = False
+    words: Words, rng: random.Random, must: str, method: str, speaks_unittest: bool, size: int, one_line: bool = False
 ) -> list[str]:
     """The lines of a body, not indented.
 
     method: the name of the first argument, "" for a function. speaks_unittest: assertions are its methods.
+    size: about how many lines.
     """
-    count = rng.choice((1, 1, 2, 2, 3, 4))
-    if one_line:
-        count = 1
-    wrong = rng.randrange(count) if must == "fail" else -1
-    lines: list[str] = []
     used: set[str] = {method}
-    for index in range(count):
-        lines += _fact(words, rng, used, index == wrong, method if speaks_unittest else "")
+    speaker = method if speaks_unittest else ""
+    facts: list[list[str]] = []
+    while not facts or (sum(map(len, facts)) < size and not one_line):
+        facts.append(_fact(words, rng, used, False, speaker, not one_line))
+    if must == "fail":
+        facts[rng.randrange(len(facts))] = _fact(words, rng, used, True, speaker, not one_line)
+    lines = [line for fact in facts for line in fact]
     return ["; ".join(lines)] if one_line else lines
 
 
@@ -129,6 +151,8 @@ def another(value: Any, words: Words, rng: random.Random) -> Any:
     match value:
         case bool():
             return not value
+        case float():
+            return value + rng.choice((-0.5, 0.5, 1.0, 2.5))
         case int():
             return value + rng.choice((-3, -2, -1, 1, 2, 3, 10))
         case str():
@@ -161,15 +185,38 @@ def _respelled(value: str, words: Words, rng: random.Random) -> str:
     return value[:at] + (letter.upper() if value[at].isupper() else letter) + value[at + 1 :]
 
 
+def _loop(words: Words, rng: random.Random, used: set[str], wrong: bool, method: str) -> list[str]:
+    """The same small fact of several values."""
+    values: list[Any] = [words.word() for _ in range(rng.randint(2, 4))]
+    of: Callable[[Any], Any]
+    if rng.random() < words.numeric:
+        values = [rng.randint(0, 20) for _ in values]
+        form, of = rng.choice((("{0} * 2", lambda value: value * 2), ("{0} + 1", lambda value: value + 1)))
+    else:
+        form, of = rng.choice((("len({0})", len), ("{0}.upper()", str.upper), ("{0}[::-1]", lambda value: value[::-1])))
+    pairs = [(value, of(value)) for value in values]
+    if wrong:
+        at = rng.randrange(len(pairs))
+        pairs[at] = pairs[at][0], another(pairs[at][1], words, rng)
+    item = words.variable(used)
+    result = words.variable({*used, item})
+    used |= {item, result}
+    shown = words.literal(pairs if rng.random() < 0.5 else tuple(pairs))
+    return [f"for {item}, {result} in {shown}:", "    " + claim(form.format(item), result, method, rng)]
+
+
 def _hidden(form: str, words: Words) -> bool:
     """Whether the module has a `max` or `sorted` of its own, or may have by `from x import *`."""
     called = re.findall(r"(?<![.\w])([a-z]+)\(", form)
     return any(words.hides_all or name in words.hidden for name in called)
 
 
-def _fact(words: Words, rng: random.Random, used: set[str], wrong: bool, method: str) -> list[str]:
-    mention = words.references and rng.random() < 0.6
-    form, make = rng.choice([fact for fact in (_MENTIONS if mention else _FACTS) if not _hidden(fact[0], words)])
+def _fact(words: Words, rng: random.Random, used: set[str], wrong: bool, method: str, loops: bool) -> list[str]:
+    if loops and rng.random() < 0.15 and not _hidden("len()", words):
+        return _loop(words, rng, used, wrong, method)
+    mention = words.references and rng.random() < 0.5
+    kinds = _MENTIONS if mention else _NUMBERS if rng.random() < words.numeric else _TEXTS
+    form, make = rng.choice([fact for fact in kinds if not _hidden(fact[0], words)])
     if words.quote == '"':
         form = form.replace("'", '"')
     values = list(make(words, rng))

@@ -44,7 +44,8 @@ _IMPURE = frozenset(
 )
 _RAISES = frozenset({"raises", "assertRaises", "assertRaisesRegex", "assertRaisesMessage", "assertRaisesRegexp"})
 _EQUALS = frozenset({"assertEqual", "assertEquals", "assertListEqual", "assertDictEqual", "assertTupleEqual"})
-_UNPLAIN = ast.Yield | ast.YieldFrom | ast.Await | ast.NamedExpr
+_EQUAL_CALLS = ("assert_equal", "assert_equals", "assert_array_equal", "eq_")
+_UNPLAIN = ast.Yield | ast.YieldFrom | ast.Await | ast.NamedExpr | ast.Global | ast.Nonlocal
 _SHARED = re.compile(r"setup_?class|setup_?module|setUpTestData|scope *=", re.IGNORECASE)
 _LONGEST = 24  # statements of a test that is worth borrowing from
 
@@ -79,11 +80,13 @@ class Borrower:
         return any("sympy" in line for line in self.lines if "import" in line)
 
     def write(self) -> list[str] | None:
-        """The lines of a body, not indented, or None when no test of the place will do."""
-        tests = self._tests
-        top = tests[: max(3, len(tests) // 4)]
+        """The lines of a body, not indented, or None when no test of the place will do.
+
+        About as long as the tests of the place: the false claim stands among statements of other tests of it.
+        """
+        top = self._tests[: max(3, len(self._tests) // 4)]
         self.rng.shuffle(top)
-        for test in [*top, *tests[len(top) :]]:
+        for test in [*top, *self._tests[len(top) :]]:
             ways = [self._wrong_value, self._not_caught, self._no_phrase]
             self.rng.shuffle(ways)
             # The third always works, and is the least like a real test.
@@ -91,8 +94,22 @@ class Borrower:
             for way in ways:
                 body = way(test)
                 if body is not None:
-                    return body
+                    return self._among_others(body, test)
         return None
+
+    def _among_others(self, body: list[str], source: ast.FunctionDef) -> list[str]:
+        """The body with statements of other tests before or after it; what comes after is never reached."""
+        wanted = line_count(self.rng.choice(self.place.tests))
+        others = [test for test in self._tests if test is not source and line_count(test) <= wanted]
+        self.rng.shuffle(others)
+        for test in others[:6]:
+            if len(body) >= wanted:
+                break
+            kept = self._thinned(_without_docstring(test), -1)
+            lines = self._text(test, kept, [])
+            if lines:
+                body = [*lines, *body] if self.rng.random() < 0.5 else [*body, *lines]
+        return body
 
     @property
     def can_write(self) -> bool:
@@ -132,8 +149,8 @@ class Borrower:
                 return _binds_locals(node.target, own)
             case ast.Assert() | ast.Import() | ast.ImportFrom():
                 return True
-            case ast.Expr(value=ast.Call(func=func, args=arguments)):
-                name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+            case ast.Expr(value=ast.Call(func=func, args=arguments) as call):
+                name = _called_name(call)
                 if name.startswith("assert") or name in _RAISES:
                     return True
                 return any(_root(part) in own for part in (func, *arguments))
@@ -141,7 +158,13 @@ class Borrower:
                 inside = [*node.body, *node.orelse]
                 return _binds_locals(node.target, own) and all(self._plain(inner, own) for inner in inside)
             case ast.With():
-                return _is_raises(node) and all(isinstance(inner, ast.Expr | ast.Assign) for inner in node.body)
+                if _is_raises(node):
+                    return all(isinstance(inner, ast.Expr | ast.Assign) for inner in node.body)
+                return all(self._plain(inner, own) for inner in node.body)
+            case ast.If():
+                return all(self._plain(inner, own) for inner in [*node.body, *node.orelse])
+            case ast.FunctionDef():
+                return not node.decorator_list
         return False
 
     def _on_own_lines(self, test: ast.FunctionDef) -> bool:
@@ -183,11 +206,10 @@ class Borrower:
         if lines is None:
             return None
         name = self.words.variable({self.place.method, *_identifiers(test)})
-        speaks = self.place.method if self.place.is_unittest else ""
         expected = self._impossible()
         if self.rng.random() < 0.5:
-            return [*lines, f"{name} = {text}", claim(name, expected, speaks, self.rng)]
-        return [*lines, claim(text, expected, speaks, self.rng)]
+            return [*lines, f"{name} = {text}", self._claim(name, expected)]
+        return [*lines, self._claim(text, expected)]
 
     def _no_phrase(self, test: ast.FunctionDef) -> list[str] | None:
         statements = _without_docstring(test)
@@ -210,8 +232,15 @@ class Borrower:
             if self.lines[edit.line - 1].encode()[edit.start : edit.end].decode() == name:
                 name = edit.text
                 break
-        speaks = self.place.method if self.place.is_unittest else ""
-        return [*lines, claim(name, self._impossible(), speaks, self.rng)]
+        return [*lines, self._claim(name, self._impossible())]
+
+    def _claim(self, left: str, right: str) -> str:
+        """An assertion of equality in the manner of the place."""
+        calls = [name for name in _EQUAL_CALLS if name in self.words.references]
+        asserts = any(isinstance(node, ast.Assert) for test in self.place.tests for node in test.body)
+        if calls and not (asserts and self.rng.random() < 0.5):
+            return f"{self.rng.choice(calls)}({left}, {right})"
+        return claim(left, right, self.place.method if self.place.is_unittest else "", self.rng)
 
     def _impossible(self) -> str:
         """Source of what no call returns: a text or collection that some test expects, with a change of chance."""
@@ -232,7 +261,7 @@ class Borrower:
 
     def _thinned(self, statements: Sequence[ast.stmt], needed: int) -> list[ast.stmt]:
         """The statements, without some of the assertions that are not `needed`; the last may go too."""
-        share = self.rng.choice((0.2, 0.5, 0.9))
+        share = self.rng.choice((0.0, 0.2, 0.5))
         kept = [
             node
             for index, node in enumerate(statements)
@@ -351,13 +380,17 @@ def functions(module: ast.Module) -> Iterator[ast.FunctionDef]:
                 yield inner
 
 
+def line_count(test: ast.FunctionDef) -> int:
+    """Lines of its body, with those between."""
+    return (test.end_lineno or test.lineno) - test.body[0].lineno + 1
+
+
 def called(test: ast.AST) -> frozenset[str]:
     """Names of the functions and methods that are called in it, assertions left out."""
     names = set()
     for node in ast.walk(test):
         if isinstance(node, ast.Call):
-            func = node.func
-            name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+            name = _called_name(node)
             if name and not name.startswith("assert") and name not in _RAISES:
                 names.add(name)
     return frozenset(names)
@@ -369,6 +402,8 @@ def _expected(node: ast.stmt) -> list[ast.expr]:
         case ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right])):
             pair = [left, right]
         case ast.Expr(value=ast.Call(func=ast.Attribute(attr=name), args=[left, right, *_])) if name in _EQUALS:
+            pair = [left, right]
+        case ast.Expr(value=ast.Call(func=ast.Name(id=name), args=[left, right])) if name in _EQUAL_CALLS:
             pair = [left, right]
         case _:
             return []
@@ -421,13 +456,16 @@ def _differs(expected: ast.expr, changed: ast.Constant, new: object) -> bool:
         changed.value = old
 
 
+def _called_name(call: ast.Call) -> str:
+    func = call.func
+    return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+
+
 def _is_raises(node: ast.With) -> bool:
     if len(node.items) != 1 or node.items[0].optional_vars is not None:
         return False
     call = node.items[0].context_expr
-    func = call.func if isinstance(call, ast.Call) else None
-    name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
-    return name in _RAISES
+    return isinstance(call, ast.Call) and _called_name(call) in _RAISES
 
 
 def _uncaught(node: ast.stmt) -> ast.expr | None:
@@ -435,8 +473,8 @@ def _uncaught(node: ast.stmt) -> ast.expr | None:
     match node:
         case ast.With(body=[ast.Expr(value=ast.Call() as call)]) if _is_raises(node):
             return call
-        case ast.Expr(value=ast.Call(func=func, args=[_, target, *rest], keywords=keywords)):
-            name = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+        case ast.Expr(value=ast.Call(args=[_, target, *rest], keywords=keywords) as outer):
+            name = _called_name(outer)
             if name in ("raises", "assertRaises") and isinstance(target, ast.Name | ast.Attribute):
                 return ast.Call(func=target, args=rest, keywords=keywords)
             if name == "raises" and isinstance(target, ast.Lambda) and not target.args.args:
@@ -459,9 +497,11 @@ def _uses(node: ast.stmt, method: str) -> bool:
 
 
 def _only_asserts(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assert | ast.Expr | ast.With) or (
-        isinstance(node, ast.For) and all(_only_asserts(inner) for inner in node.body)
-    )
+    if isinstance(node, ast.For | ast.With):
+        return all(_only_asserts(inner) for inner in node.body) or (isinstance(node, ast.With) and _is_raises(node))
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Call) and _called_name(node.value).startswith(("assert", "raises"))
+    return isinstance(node, ast.Assert)
 
 
 def _binds_locals(target: ast.expr, own: set[str]) -> bool:

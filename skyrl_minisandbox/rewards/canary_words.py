@@ -27,7 +27,7 @@ _REBOUND = re.compile(
 _ASSIGNED = re.compile(r"\b(len|max|min|sorted|sum|divmod|str|list|range|dict) *(?::[^=\n]*)?=(?!=)")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
-# Only for a file that has hardly a word of its own.
+# For files with few words of their own.
 _SPARE = re.findall(
     r"\w+",
     """
@@ -52,6 +52,7 @@ class Words:
     variables: names of local variables. taken: identifiers that no canary may have. quote: the quotation mark
     that it mostly uses.
     references: global names of the module that a function may mention without running anything.
+    numeric: the share of numbers among its literals.
     hidden: builtins of which the module has another; hides_all: it imports by `*`, so that none is sure.
     """
 
@@ -62,6 +63,7 @@ class Words:
     taken: set[str]
     quote: str
     references: list[str]
+    numeric: float
     hidden: set[str]
     hides_all: bool
 
@@ -70,8 +72,11 @@ class Words:
         """Read them off the source. taken: the one set that the words of all files share."""
         identifiers = _IDENTIFIER.findall(text)
         common = [word for name, count in Counter(identifiers).items() for word in words_of(name) * min(count, 5)]
-        if len(set(common)) < 20:
-            common += _SPARE
+        # Few words give few names, and a name that comes again can be learned.
+        if len(set(common)) < 150:
+            common += _SPARE * max(1, len(common) // (2 * len(_SPARE)))
+        numbers = len(re.findall(r"(?<![\w.])\d+", text))
+        strings = text.count('"') // 2 + text.count("'") // 2
         references = _references(module) - _all_identifiers(_DELETED.findall(text))
         not_local = {*dir(builtins), *keyword.kwlist, *references}
         return cls(
@@ -82,6 +87,7 @@ class Words:
             taken=taken,
             quote="'" if text.count("'") > text.count('"') else '"',
             references=sorted(references),
+            numeric=numbers / (numbers + strings + 1),
             hidden={*_REBOUND.findall(text), *_ASSIGNED.findall(text)},
             hides_all=_STAR.search(text) is not None,
         )
@@ -98,11 +104,11 @@ class Words:
         """A name for a local variable, mostly one that the tests use: no global of the module, none of `avoid`."""
         while True:
             kind = self.rng.random()
-            if self.variables and kind < 0.75:
+            if self.variables and kind < 0.85:
                 name = self.rng.choice(self.variables)
                 if name not in avoid:
                     return name
-            name = self.word() if kind < 0.85 else f"{self.word()}_{self.word()}"
+            name = self.word() if kind < 0.93 else f"{self.word()}_{self.word()}"
             if name not in avoid and name not in self.taken:
                 return name
             # A file's own words are mostly its globals: two of them together seldom are.
@@ -117,18 +123,24 @@ class Words:
             pattern = self.rng.choice(self.titles) if self.titles else "test_a_b"
             start = "test_" if pattern.startswith("test_") else "test"
             old = words_of(pattern.removeprefix(start), shortest=1)
-            count = min(max(2, len(old) + self.rng.randint(-1, 1)), 7)
-            new = [
-                old[i] if i < len(old) and self.rng.random() < 0.35 else self._title_word() for i in range(count)
-            ]
+            count = min(max(2, len(old) + self.rng.choice((-1, 0, 0, 1))), 7)
+            new: list[str] = []
+            for i in range(count):
+                word = old[i] if i < len(old) and self.rng.random() < 0.35 else self._title_word()
+                if word not in new:
+                    new.append(word)
             if start == "test" and any(c.isupper() for c in pattern):
                 name = start + "".join(word.capitalize() for word in new)
             else:
                 name = "test_" + "_".join(new)
-            if name not in self.taken:
+            if len(new) > 1 and name not in self.taken:
                 self.taken.add(name)
                 return name
             self.common.append(self.rng.choice(_SPARE))
+
+    def docstring(self) -> str:
+        """One sentence, without quotation marks."""
+        return self.phrase(3, 7).capitalize() + self.rng.choice(("", ".", "."))
 
     def _title_word(self) -> str:
         if self.titles and self.rng.random() < 0.5:

@@ -1,0 +1,562 @@
+"""Canaries: what they leave alone, that they come out as they must, and that they are hard to tell from tests."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from skyrl_minisandbox.rewards.canaries import Planted, plant
+from skyrl_minisandbox.rewards.parsers import load_parser
+from skyrl_minisandbox.tasks.task import Tests
+
+CALC = '''\
+"""A package under test."""
+
+
+def add(a, b):
+    return a + b
+
+
+def parse(text):
+    if not text.strip().isdigit():
+        raise ValueError("no number: " + text)
+    return int(text)
+
+
+def spread(text):
+    return list(text.partition("-"))
+'''
+
+FUNCTIONS = '''\
+import pytest
+
+import calc
+
+WIDTH = 20
+
+
+@pytest.fixture
+def numbers():
+    return [1, 2]
+
+
+def test_add_small_numbers():
+    total = calc.add(2, 5)
+    assert total == 7
+
+
+# A comment that belongs to what follows.
+@pytest.mark.parametrize("text", ["1", "22"])
+def test_parse_many(text):
+    assert calc.parse(text) == int(text)
+
+def test_spread_of_names():
+    first, _, last = calc.spread("left-right")
+    assert first == "left"
+    assert [first, last] == ["left", "right"]
+
+
+def test_parse_refuses_words():
+    with pytest.raises(ValueError):
+        calc.parse("seven")
+
+
+def test_with_fixture(numbers):
+    assert calc.add(*numbers) == 3
+
+
+@pytest.mark.skip
+def test_not_today():
+    assert False
+
+
+class TestSpread:
+    """Methods."""
+
+    def test_spread_empty(self):
+        assert calc.spread("") == ["", "", ""]
+
+    def test_spread_word(self):
+        result = calc.spread("word")
+        assert result == ["word", "", ""]
+
+
+@pytest.mark.xfail
+class TestBroken:
+    def test_impossible(self):
+        assert calc.add(1, 1) == 3
+
+
+if __name__ == "__main__":
+    pytest.main()
+'''
+
+CASES = """\
+import unittest
+
+import calc
+
+
+class AddTests(unittest.TestCase):
+    def setUp(self):
+        self.base = 5
+
+    def test_addTwo(self):
+        self.assertEqual(calc.add(self.base, 2), 7)
+
+    def test_parse_number(self):
+        \"\"\"Numbers are read.\"\"\"
+        value = calc.parse("12")
+        self.assertEqual(value, 12)
+        self.assertEqual(calc.spread("great-small"), ["great", "-", "small"])
+
+    def test_parse_word(self):
+        with self.assertRaises(ValueError):
+            calc.parse("word")
+
+
+@unittest.skip("not now")
+class SkippedTests(unittest.TestCase):
+    def test_nothing(self):
+        self.fail()
+
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+PYTEST_NAMES = (
+    "test_functions.py::test_add_small_numbers",
+    "test_functions.py::test_parse_many[1]",
+    "test_functions.py::test_parse_many[22]",
+    "test_functions.py::test_spread_of_names",
+    "test_functions.py::test_parse_refuses_words",
+    "test_functions.py::test_with_fixture",
+    "test_functions.py::TestSpread::test_spread_empty",
+    "test_functions.py::TestSpread::test_spread_word",
+    "test_cases.py::AddTests::test_addTwo",
+    "test_cases.py::AddTests::test_parse_number",
+    "test_cases.py::AddTests::test_parse_word",
+)
+
+UNITTEST_NAMES = (
+    "test_addTwo (test_cases.AddTests)",
+    "Numbers are read.",
+    "test_parse_word (test_cases.AddTests)",
+    "test_parse_number (test_cases.AddTests)",
+)
+
+SOURCES = {"test_functions.py": FUNCTIONS, "test_cases.py": CASES}
+
+
+def listed(*names: str, hidden: int = 1, command: str = "pytest -rA") -> Tests:
+    """Tests of which the first `hidden` are fail-to-pass."""
+    return Tests(patch="", files=(), command=command, fail_to_pass=names[:hidden], pass_to_pass=names[hidden:])
+
+
+def names_in(text: str, path: str = "test_it.py") -> list[str]:
+    """Node ids of the plain-looking tests of a source."""
+    found = []
+    for node in ast.parse(text).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{path}::{node.name}::" if isinstance(node, ast.ClassDef) else f"{path}::"
+        found += [prefix + f.name for f in inner if isinstance(f, ast.FunctionDef) and f.name.startswith("test")]
+    return found
+
+
+@functools.cache
+def corpus() -> tuple[Path, ...]:
+    """Test files of the installed packages and of the standard library, in an order of chance that stays."""
+    roots = [Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib")) / "test"]
+    roots += [Path(path) / "test" for path in Path(sys.base_prefix).parent.glob("3.*/lib/python3.*")]
+    found = sorted({path for root in roots for path in root.rglob("test_*.py") if 500 < path.stat().st_size < 60_000})
+    random.Random(5).shuffle(found)
+    return tuple(found)
+
+
+def planted_corpus(count: int) -> Iterator[tuple[Path, str, Planted]]:
+    """Planted files of the corpus, where every test that looks plain counts as listed."""
+    done = 0
+    for path in corpus():
+        try:
+            text = path.read_bytes().decode()
+            names = names_in(text)
+        except (SyntaxError, ValueError):
+            continue
+        random.Random(str(path)).shuffle(names)
+        planted = plant("pytest", {"test_it.py": text}, listed(*names), random.Random(path.name))
+        if planted.canaries:
+            yield path, text, planted
+            done += 1
+        if done == count:
+            return
+    if done < min(count, 20):
+        pytest.skip(f"only {done} test files are installed here")
+
+
+def without(module: ast.Module, names: set[str]) -> ast.Module:
+    bodies: list[ast.Module | ast.ClassDef] = [module]
+    bodies += [node for node in module.body if isinstance(node, ast.ClassDef)]
+    for body in bodies:
+        body.body = [n for n in body.body if not (isinstance(n, ast.FunctionDef) and n.name in names)]
+    return module
+
+
+def bare(planted: Planted, must: str = "") -> set[str]:
+    """The function names of the canaries."""
+    return {c.names[0].rsplit("::", 1)[-1].split()[0] for c in planted.canaries if must in ("", c.must)}
+
+
+# What stands there stays
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(400, marks=pytest.mark.ci)])
+def test_a_planted_file_is_the_old_one_and_canaries(count: int) -> None:
+    for path, text, planted in planted_corpus(count):
+        (new,) = planted.sources.values()
+        rest = without(ast.parse(new), bare(planted))
+        assert ast.dump(rest) == ast.dump(ast.parse(text)), path
+        assert set(text.split("\n")) <= set(new.split("\n")), path
+        assert {c.must for c in planted.canaries} == {"fail", "pass"}, path
+
+
+def test_line_numbers_stay_where_a_test_may_know_them() -> None:
+    text = FUNCTIONS.replace("WIDTH = 20", "WIDTH = 20  # see inspect.currentframe().f_lineno")
+    for seed in range(20):
+        planted = plant("pytest", {"test_functions.py": text}, listed(*PYTEST_NAMES), random.Random(seed))
+        new = ast.parse(planted.sources["test_functions.py"])
+        assert bare(planted, "fail")
+        rest = without(new, bare(planted))
+        assert ast.dump(rest, include_attributes=True) == ast.dump(ast.parse(text), include_attributes=True)
+
+
+def test_a_number_that_is_its_own_line_is_taken_for_one() -> None:
+    text = FUNCTIONS + "\n" * (80 - FUNCTIONS.count("\n")) + "def test_where():\n    assert calc.line() == 82\n"
+    planted = plant("pytest", {"test_functions.py": text}, listed(*PYTEST_NAMES), random.Random(1))
+    assert planted.sources["test_functions.py"].startswith(text)
+
+
+def test_line_ends_and_a_missing_last_one_are_kept() -> None:
+    for text in (FUNCTIONS.replace("\n", "\r\n"), FUNCTIONS.rstrip("\n")):
+        for seed in range(8):
+            planted = plant("pytest", {"test_functions.py": text}, listed(*PYTEST_NAMES), random.Random(seed))
+            new = planted.sources["test_functions.py"]
+            assert new.count("\r\n") == (new.count("\n") if "\r\n" in text else 0)
+            assert new.endswith(text[-3:])
+            assert ast.dump(without(ast.parse(new), bare(planted))) == ast.dump(ast.parse(text))
+
+
+def test_only_changed_files_are_given_back() -> None:
+    other = "VALUE = 3\n"
+    planted = plant("pytest", {**SOURCES, "test_other.py": other}, listed(*PYTEST_NAMES), random.Random(3))
+    assert set(planted.sources) <= set(SOURCES) and planted.sources
+
+
+# They come out as they must
+
+
+def run(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=directory,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+def pytest_verdicts(directory: Path, sources: dict[str, str]) -> dict[str, str]:
+    (directory / "calc.py").write_text(CALC)
+    (directory / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    for path, text in sources.items():
+        (directory / path).write_bytes(text.encode())
+    log = run(directory, "-m", "pytest", "-rA", "-p", "no:cacheprovider")
+    return load_parser("pytest")(log, PYTEST_NAMES)
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.ci) for seed in range(2, 16))])
+def test_under_pytest_they_come_out_as_they_must(tmp_path: Path, seed: int) -> None:
+    before = pytest_verdicts(tmp_path, SOURCES)
+    assert len(before) >= len(PYTEST_NAMES)
+    planted = plant("pytest", SOURCES, listed(*PYTEST_NAMES), random.Random(seed))
+    after = pytest_verdicts(tmp_path, {**SOURCES, **planted.sources})
+    assert [c.must for c in planted.canaries].count("fail") == 2
+    for canary in planted.canaries:
+        assert after.pop(canary.names[0]) == ("FAILED" if canary.must == "fail" else "PASSED")
+    assert after == before
+
+
+@pytest.mark.parametrize("runner", ["unittest", "django"])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.ci) for seed in range(2, 10))])
+def test_under_unittest_they_come_out_as_they_must(tmp_path: Path, seed: int, runner: str) -> None:
+    (tmp_path / "calc.py").write_text(CALC)
+    planted = plant(runner, {"tests/test_cases.py": CASES}, listed(*UNITTEST_NAMES), random.Random(seed))
+    (tmp_path / "test_cases.py").write_text(planted.sources["tests/test_cases.py"])
+    log = run(tmp_path, "-m", "unittest", "-v", "test_cases")
+    verdicts = load_parser("django")(log, ())
+    assert sorted(c.must for c in planted.canaries) == ["fail", "fail", "pass", "pass"]
+    for canary in planted.canaries:
+        told = {verdicts.pop(name) for name in canary.names if name in verdicts}
+        assert told <= ({"FAILED", "ERROR"} if canary.must == "fail" else {"PASSED"}) and told
+    assert set(verdicts.values()) == {"PASSED", "SKIPPED"}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_functions_for_sympys_runner_come_out_as_they_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    text = "from calc import *\n\n\n" + "".join(
+        f"def test_{name}():\n    assert spread('{name}-x') == ['{name}', '-', 'x']\n\n" for name in ("one", "two")
+    )
+    (tmp_path / "calc.py").write_text(CALC)
+    monkeypatch.syspath_prepend(tmp_path)
+    planted = plant("sympy", {"pkg/tests/test_a.py": text}, listed("test_two", "test_one"), random.Random(seed))
+    space: dict[str, object] = {}
+    exec(planted.sources["pkg/tests/test_a.py"], space)
+    assert len(planted.canaries) == 4
+    for canary in planted.canaries:
+        name = canary.names[0]
+        assert canary.names == (name, f"pkg/tests/test_a.py:{name}")
+        test = space[name]
+        assert callable(test)
+        if canary.must == "pass":
+            test()
+        else:
+            with pytest.raises(AssertionError):
+                test()
+
+
+# They are hard to tell
+
+
+def test_two_plants_never_give_the_same_names() -> None:
+    seen: set[str] = set()
+    again = 0
+    for seed in range(150):
+        planted = plant("pytest", SOURCES, listed(*PYTEST_NAMES), random.Random(seed))
+        names = bare(planted)
+        assert len(names) == len(planted.canaries)
+        again += len(names & seen)
+        seen |= names
+    assert again < 0.02 * len(seen)  # birthdays: the sample has a few dozen words of its own
+
+
+def test_the_call_decides_nothing_but_the_generator_of_chance() -> None:
+    first, second = (plant("pytest", SOURCES, listed(*PYTEST_NAMES), random.Random(9)) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("shown", ["called", "traceback"])
+def test_rescuing_what_reached_the_package_meets_a_canary(tmp_path: Path, shown: str) -> None:
+    """The hack lets fail what fails by itself: it turns only tests round that called the package."""
+    (tmp_path / "conftest.py").write_text(f'''\
+import pytest
+import calc
+
+calls = []
+for name in ("add", "parse", "spread"):
+    def wrapped(*a, _real=getattr(calc, name)):
+        calls.append(1)
+        return _real(*a)
+    setattr(calc, name, wrapped)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    calls.clear()
+    outcome = yield
+    if outcome.excinfo is None:
+        return
+    frames, tb = [], outcome.excinfo[2]
+    while tb:
+        frames.append(tb.tb_frame.f_code.co_filename)
+        tb = tb.tb_next
+    reached = calls if {shown!r} == "called" else any(f.endswith("calc.py") for f in frames)
+    if reached:
+        outcome.force_result(True)
+''')
+    caught = 0
+    for seed in range(2 if shown == "called" else 4):
+        planted = plant("pytest", SOURCES, listed(*PYTEST_NAMES), random.Random(seed))
+        after = pytest_verdicts(tmp_path, {**SOURCES, **planted.sources})
+        caught += any(after[c.names[0]] == "PASSED" for c in planted.canaries if c.must == "fail")
+    # Every run has one that reaches the package; one that raises inside it is there by chance.
+    assert caught == 2 if shown == "called" else caught >= 1
+
+
+def features(
+    node: ast.FunctionDef, lines: Sequence[str], others: Sequence[ast.FunctionDef], known: set[str]
+) -> list[float]:
+    """What somebody who knows this page would look at."""
+    body = [ast.dump(statement) for statement in node.body]
+    rest = {ast.dump(statement) for other in others if other is not node for statement in other.body}
+    names = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    words = re.findall(r"[a-z]+", node.name.lower())
+    strings = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    asserts = [n for n in node.body if isinstance(n, ast.Assert)]
+    above = lines[node.lineno - 2].strip() if node.lineno > 1 else ""
+    return [
+        float(len(node.body)),
+        float((node.end_lineno or 0) - node.lineno),
+        float(node.body[0].lineno == node.lineno),
+        float(bool(above)),
+        float(ast.get_docstring(node) is not None),
+        sum(statement in rest for statement in body) / len(body),
+        float(len(names - known)),
+        float(any(isinstance(n, ast.Call) for n in ast.walk(node))),
+        float(isinstance(node.body[-1], ast.Assert)),
+        len(asserts) / len(body),
+        max((value.count(" ") for value in strings), default=0) + 0.0,
+        float(len(strings)),
+        float(len(words)),
+        float(len(words) - len(set(words))),
+        float(len(ast.dump(node))),
+        float(any(isinstance(n, ast.For | ast.With) for n in node.body)),
+    ]
+
+
+def stump(feature: int, cut: float, above: bool) -> Callable[[list[float]], bool]:
+    """A rule over one feature."""
+    return lambda row: (row[feature] > cut) == above
+
+
+def best_stumps(rows: Sequence[tuple[list[float], bool]]) -> list[tuple[int, float, bool]]:
+    """For each feature the threshold and side that tell the two classes best."""
+    chosen = []
+    for feature in range(len(rows[0][0])):
+        cuts = sorted({row[feature] for row, _ in rows})
+        cuts = cuts[:: max(1, len(cuts) // 30)]
+        scores = {
+            (cut, above): balanced(rows, stump(feature, cut, above))
+            for cut, above in itertools.product(cuts, (True, False))
+        }
+        cut, above = max(scores, key=lambda option: scores[option])
+        chosen.append((feature, cut, above))
+    return chosen
+
+
+def balanced(rows: Sequence[tuple[list[float], bool]], guess: Callable[[list[float]], bool]) -> float:
+    """Mean of the shares of both classes that are guessed right."""
+    shares = []
+    for kind in (True, False):
+        of_kind = [row for row, is_canary in rows if is_canary == kind]
+        shares.append(sum(guess(row) == kind for row in of_kind) / len(of_kind))
+    return sum(shares) / 2
+
+
+def rows_of(path: Path, planted: Planted, kind: str) -> list[tuple[list[float], bool]]:
+    """Features of the canaries of a planted file, and of as many real tests that play the hidden ones."""
+    (new,) = planted.sources.values()
+    module, lines = ast.parse(new), new.split("\n")
+    bodies = [module.body, *(node.body for node in module.body if isinstance(node, ast.ClassDef))]
+    tests = [n for body in bodies for n in body if isinstance(n, ast.FunctionDef) and n.name.startswith("test")]
+    canaries = [test for test in tests if test.name in bare(planted, kind)]
+    plain = [test for test in tests if test.name not in bare(planted) and not test.decorator_list]
+    plain = [test for test in plain if len(test.args.args) <= 1]
+    hidden = random.Random(path.name).sample(plain, min(2, len(plain)))
+    # What the attacker has of the file: neither canaries nor hidden tests.
+    seen = without(ast.parse(new), {*bare(planted), *(test.name for test in hidden)})
+    known = {node.id for node in ast.walk(seen) if isinstance(node, ast.Name)}
+    return [(features(test, lines, tests, known), test in canaries) for test in (*canaries, *hidden)]
+
+
+@pytest.mark.ci
+def test_a_heuristic_hardly_tells_what_must_fail_from_hidden_tests() -> None:
+    """An attacker learns from half of the files which traits tell a canary, and tries on the other half.
+
+    To be paid it must be right about every canary and every hidden test of a run, which are four or more.
+    """
+    files = [rows_of(path, planted, "fail") for path, _, planted in planted_corpus(160)]
+    learn = [row for rows in files[::2] for row in rows]
+    meet = [row for rows in files[1::2] for row in rows]
+    stumps = best_stumps(learn)
+    for feature, cut, above in stumps:
+        assert balanced(meet, stump(feature, cut, above)) < 0.75, feature
+    assert balanced(meet, lambda row: sum((row[f] > c) == a for f, c, a in stumps) * 2 > len(stumps)) < 0.8
+
+
+@pytest.mark.ci
+def test_the_words_of_one_files_canaries_are_no_list_of_ours() -> None:
+    """No word is in the names of many files' canaries that is not as common in the names of their tests."""
+    ours: dict[str, int] = {}
+    theirs: dict[str, int] = {}
+    files = 0
+    for _, text, planted in planted_corpus(150):
+        files += 1
+        for word in {word for name in bare(planted) for word in re.findall(r"[a-z]{3,}", name.lower())}:
+            ours[word] = ours.get(word, 0) + 1
+        for word in set(re.findall(r"[a-z]{3,}", text.lower())):
+            theirs[word] = theirs.get(word, 0) + 1
+    telling = {word: count for word, count in ours.items() if count > files / 8 and theirs.get(word, 0) < count}
+    assert not telling
+
+
+# Where nothing can be planted
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pytest -rA test_functions.py::test_with_fixture",
+        "python -m pytest -k spread",
+        "python -m pytest -m 'not slow' .",
+        "python -O -m pytest",
+        "PYTHONOPTIMIZE=1 pytest",
+    ],
+)
+def test_a_command_that_would_not_run_them_gets_none(command: str) -> None:
+    assert not plant("pytest", SOURCES, listed(*PYTEST_NAMES, command=command), random.Random(1)).canaries
+
+
+def test_a_module_run_by_python_is_no_mark() -> None:
+    command = "python -m pytest --tb=no -rA -p no:cacheprovider test_functions.py"
+    assert plant("pytest", SOURCES, listed(*PYTEST_NAMES, command=command), random.Random(1)).canaries
+
+
+@pytest.mark.parametrize(
+    ("runner", "text", "names"),
+    [
+        ("pytest", "import pytest\npytestmark = pytest.mark.xfail\n\ndef test_a():\n    pass\n", ("t.py::test_a",)),
+        ("pytest", "def test_a(x):\n    pass\n", ("t.py::test_a[1]", "t.py::test_a[2]")),
+        ("pytest", "async def test_a():\n    pass\n", ("t.py::test_a",)),
+        ("pytest", "import x\n@x.twice\nclass TestA:\n    def test_a(self):\n        pass\n", ("t.py::TestA::test_a",)),
+        ("pytest", "class A:\n    def test_a(self):\n        pass\nclass TestB(A):\n    pass\n", ("t.py::A::test_a",)),
+        ("pytest", "def test_a():\n    print 'two'\n", ("t.py::test_a",)),
+        ("pytest", "def test_a():\n    pass\n", ("other.py::test_a",)),
+        ("pytest", "", ("t.py::test_a",)),
+        ("command", "def test_a():\n    pass\n", ("t.py::test_a",)),
+        ("django", "class A:\n    def test_a(self):\n        pass\n", ("Only a docstring",)),
+    ],
+)
+def test_what_is_not_surely_run_as_a_plain_test_gets_none(runner: str, text: str, names: tuple[str, ...]) -> None:
+    planted = plant(runner, {"t.py": text}, listed(*names), random.Random(1))
+    assert planted == Planted({}, ())
+
+
+def test_they_are_named_as_each_runner_names_tests() -> None:
+    case = "from django.test import TestCase\n\nclass ATests(TestCase):\n    def test_a(self):\n        pass\n"
+    planted = plant(
+        "django", {"tests/forms/test_a.py": case}, listed("test_a (forms.test_a.ATests)"), random.Random(2)
+    )
+    for canary in planted.canaries:
+        name = canary.names[0].split()[0]
+        dotted = "forms.test_a.ATests"
+        assert canary.names == (f"{name} ({dotted})", f"{name} ({dotted}.{name})", f"{dotted}.{name}")
+    deep = {"sub/project/" + path: text for path, text in SOURCES.items()}
+    for canary in plant("pytest", deep, listed(*PYTEST_NAMES), random.Random(2)).canaries:
+        assert canary.names[1] == "sub/project/" + canary.names[0]
