@@ -314,31 +314,33 @@ class Rollout:
                 ended_by, error = ended_by or EndedBy.ERROR, one_line(self._error)
             ended_by = ended_by or (submission.ended_by if submission is not None else EndedBy.ERROR)
             try:
-                patch = self._take_patch(submission)
+                patch, left_out = self._take_patch(submission)
             except SandboxGone as gone:
                 if not self._node_is_healthy():
                     raise
                 return self._ungraded(Event.SANDBOX_ENDED, ended_by, error or one_line(gone))
             if self._sandbox is not None:
                 self._sandbox.close()  # the agent's sandbox goes before grading starts
-            return self._graded(patch, ended_by, error)
+            return self._graded(patch, ended_by, error, left_out)
         except Exception as failure:
             return self._fail(failure)
         finally:
             self._close_sandboxes()
             self._release()
 
-    def _take_patch(self, submission: Submission | None) -> str:
+    def _take_patch(self, submission: Submission | None) -> tuple[str, str]:
+        """The patch, and what of the agent's work is not in it and why; mostly ""."""
         if submission is not None and submission.patch is not None:
-            return submission.patch
-        from skyrl_minisandbox.rewards.patch import patch_from_upper
+            return submission.patch, ""
+        from skyrl_minisandbox.rewards.patch import take_patch
 
         sandbox, workdir = self._sandbox, self.request.task.recipe.workdir
         assert sandbox is not None
         with self._in_time("taking the patch", self.request.bounds.grade):
-            return patch_from_upper(sandbox, self._open_sandbox, workdir)
+            taken = take_patch(sandbox, self._open_sandbox, workdir)
+            return taken.patch, taken.left_out
 
-    def _graded(self, patch: str, ended_by: EndedBy, error: str) -> Turn:
+    def _graded(self, patch: str, ended_by: EndedBy, error: str, left_out: str = "") -> Turn:
         from skyrl_minisandbox.rewards import load_reward
 
         request = self.request
@@ -346,11 +348,12 @@ class Rollout:
         report = self._verdict(patch, reward.needs)
         if report.sandbox_died and not self._node_is_healthy():
             raise SandboxGone(report.error)
+        told = f"not in the patch: {left_out}" if left_out else ""
         return self._end(
             report.outcome,
             ended_by,
             reward(report),
-            error or report.error,
+            error or "; ".join(filter(None, (report.error, told))),
             patch=patch,
             report=report,
             repeat=report.sandbox_died,

@@ -81,7 +81,7 @@ def test_a_solved_task_has_reward_1(machine: Machine) -> None:
 def test_what_is_too_large_for_a_patch_is_told_and_does_not_cost_the_fix(machine: Machine) -> None:
     finished = play(machine.rollout(), f"{SOLVE}; truncate -s 40M core", "submit")
     assert verdict(finished.record) == ("resolved", "submit", 1.0)
-    assert finished.record.error.startswith("not in the patch: 1 untracked files of 40960 KiB, the largest of them 'core'")
+    assert finished.record.error.startswith("not in the patch: 1 untracked file of 40960 KiB, the largest 'core'")
 
 
 def test_the_end_is_given_again_however_often_it_is_asked_for(machine: Machine) -> None:

@@ -125,6 +125,7 @@ def apply_patch(sandbox: Sandbox, patch: str, workdir: str, how: str = "strict")
     if first.exit_code == 0 or not _started(first) or first.timed_out or first.oom_killed or first.disk_full:
         return _applied(first)
     read = _Reader(sandbox, workdir)
+    failed = _applied(first, explain(text, _errors(first), read))  # before anything else is tried
     ways = [Way("as the image's own repository takes it", text, program="image")]
     if how == "three_way":
         ways.append(Way("merged with the blobs that it names", text, program="merge"))
@@ -136,7 +137,6 @@ def apply_patch(sandbox: Sandbox, patch: str, workdir: str, how: str = "strict")
         log += f"{way.name}:\n{_text(result)}"
         if result.exit_code == 0:
             return Applied(ok=True, started=True, error="", log=log, used=way.name)
-    failed = _applied(first, explain(text, _errors(first), read))
     if conflicts := _CONFLICT.findall(log):
         failed = dataclasses.replace(failed, error=f"{failed.error}; the merge of {conflicts[0]} has conflicts")
     return dataclasses.replace(failed, log=log)

@@ -218,7 +218,8 @@ class _Comparison:
             return kept, ""
         much = sum(size[path] for path in out)
         without = set(out)
-        told = f"{len(out)} untracked files of {much >> 10} KiB, the largest of them {out[-1]!r}: a patch has at most"
+        plural = "s" if len(out) > 1 else ""
+        told = f"{len(out)} untracked file{plural} of {much >> 10} KiB, the largest {out[-1]!r}: a patch has at most"
         return [path for path in kept if path not in without], f"{told} {LARGEST_PATCH >> 20} MiB"
 
     def _unpack(self, layer: IO[bytes], paths: list[str], directory: str) -> bool:

@@ -254,6 +254,7 @@ class TestIsRefused:
         box.write_file("/srv/keep.txt", b"one\r\ntwo\r\nthree\r\n")
         assert "line 1 ends in CRLF in the file and in LF in the patch" in refused(box, GOLD)
 
+    @pytest.mark.ci
     @pytest.mark.parametrize(
         ("patch", "error"),
         [
@@ -319,6 +320,7 @@ class TestIsRefused:
             assert result.error
 
 
+@pytest.mark.ci
 class TestFuzzy:
     def test_is_asked_only_where_strict_fails(self, box: Sandbox) -> None:
         assert applied(box, GOLD, "fuzzy").used == ""
@@ -374,6 +376,7 @@ class TestFuzzy:
         assert "line 1 of the file is 'one'" in refused(box, GOLD.replace("-one", "-uno"), "fuzzy")
 
 
+@pytest.mark.ci
 class TestThreeWay:
     def patch(self, box: Sandbox) -> str:
         """A fix of the file as the image has it."""

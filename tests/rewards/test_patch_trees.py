@@ -261,9 +261,7 @@ def test_a_wide_tree_loses_its_largest_untracked_files_and_says_so(opener: Opene
         agent.run("sed -i s/one/ONE/ keep.txt; echo fix > fix.py; mkdir out; truncate -s 40M out/large", cwd=WORKDIR)
         taken = take_patch(agent, opener, WORKDIR)
     assert changed(taken.patch) == ["fix.py", "keep.txt"]
-    assert taken.left_out == (
-        "1 untracked files of 40960 KiB, the largest of them 'out/large': a patch has at most 32 MiB"
-    )
+    assert taken.left_out == ("1 untracked file of 40960 KiB, the largest 'out/large': a patch has at most 32 MiB")
 
 
 @pytest.fixture(scope="module")
