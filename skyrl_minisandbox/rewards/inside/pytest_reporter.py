@@ -31,8 +31,10 @@ DECISIVE = (
     "pluggy.hooks:_HookCaller.__call__",
     "pluggy._hooks:_HookCaller.__call__",
     "pluggy._hooks:HookCaller.__call__",
+    "pluggy._caller:HookCaller.__call__",
     "pluggy.callers:_multicall",
     "pluggy._callers:_multicall",
+    "pluggy._execution:_multicall",
     "pluggy.manager:PluginManager._hookexec",
     "pluggy._manager:PluginManager._hookexec",
 )
@@ -77,9 +79,14 @@ def _plugin(ledger, config):
     told = set()
     verdicts = {}
 
+    shown_paths = {}
+
     def names(nodeid):
-        """As the results name it, and as the log does where pytest was started below its root directory."""
-        shown = config.cwd_relative_nodeid(nodeid)
+        """As the results name it, and as the log does where pytest was started elsewhere than in its root directory."""
+        path, separator, rest = nodeid.partition("::")
+        if path not in shown_paths:
+            shown_paths[path] = _relative(config, path)
+        shown = shown_paths[path] + separator + rest
         return [nodeid] if shown == nodeid else [nodeid, shown]
 
     def compare():
@@ -138,6 +145,16 @@ def _plugin(ledger, config):
             write(["finished"])
 
     return Plugin()
+
+
+def _relative(config, path):
+    """A path below pytest's root directory as seen from where pytest was started."""
+    import os
+
+    root = str(getattr(config, "rootpath", None) or config.rootdir)
+    parameters = getattr(config, "invocation_params", None)  # since 5.1
+    start = str(parameters.dir if parameters is not None else config.invocation_dir)
+    return path if start == root else os.path.relpath(os.path.join(root, path), start)
 
 
 def _verdict(report):
