@@ -48,7 +48,7 @@ _SPARE = re.findall(
 class Words:
     """The vocabulary of one test file.
 
-    common: words of its identifiers, with repetition. titles: names of its tests, without the word test.
+    common: words of its identifiers, with repetition; distinct: without. titles: names of its tests.
     variables: names of local variables. taken: identifiers that no canary may have. quote: the quotation mark
     that it mostly uses.
     references: global names of the module that a function may mention without running anything.
@@ -59,6 +59,7 @@ class Words:
     rng: random.Random
     common: list[str]
     titles: list[str]
+    distinct: list[str]
     variables: list[str]
     taken: set[str]
     quote: str
@@ -82,6 +83,7 @@ class Words:
         return cls(
             rng=rng,
             common=common,
+            distinct=sorted(set(common)),
             titles=sorted(set(re.findall(r"\bdef +(test\w*)", text))),
             variables=sorted(set(_LOCAL.findall(text)) - _all_identifiers(_MARGIN.findall(text)) - not_local),
             taken=taken,
@@ -123,10 +125,13 @@ class Words:
             pattern = self.rng.choice(self.titles) if self.titles else "test_a_b"
             start = "test_" if pattern.startswith("test_") else "test"
             old = words_of(pattern.removeprefix(start), shortest=1)
-            count = min(max(2, len(old) + self.rng.choice((-1, 0, 0, 1))), 7)
+            fewest = 2 if len(self.distinct) > 300 else 3
+            count = min(max(fewest, len(old) + self.rng.choice((-1, 0, 0, 1))), 7)
+            fresh = set(self.rng.sample(range(count), count // 2))  # words that no test name need have
             new: list[str] = []
             for i in range(count):
-                word = old[i] if i < len(old) and self.rng.random() < 0.35 else self._title_word()
+                kept = old[i] if i < len(old) and self.rng.random() < 0.35 else self._title_word()
+                word = self.rng.choice(self.distinct) if i in fresh else kept
                 if word not in new:
                     new.append(word)
             if start == "test" and any(c.isupper() for c in pattern):
