@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Iterable
 _CONFIGURATION = frozenset({
     "conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "tox.ini", "tox.toml", "setup.cfg",
     "pyproject.toml", ".coveragerc", "sitecustomize.py", "usercustomize.py", "noxfile.py",
+    ".gitattributes",  # by which git would bring the others back in another form
 })  # fmt: skip
 _ENDINGS = (".pth", ".pyc", ".pyo")
 _PARTS = re.compile(r".*\.(?:egg-info|dist-info)$|sitecustomize$|usercustomize$|__pycache__$")

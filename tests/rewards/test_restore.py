@@ -39,6 +39,7 @@ SPOILT = [
     "mkdir new.egg-info; echo '[pytest11]' > new.egg-info/entry_points.txt; rm pkg/tracked.pyc",
     "chmod 777 tests/check.sh; printf 'odd' > $'tests/line\\nbreak'; printf 'odd' > $'tests/\\xff\\xfe'",
     "git mv tests/check.sh pkg/moved.sh 2>/dev/null; rm -f pkg/moved.sh",
+    "echo '* working-tree-encoding=UTF-16 eol=crlf' > .gitattributes; cp .gitattributes tests; echo x > tests/check.sh",
 ]
 
 
@@ -120,7 +121,7 @@ def test_hidden_tests_that_do_not_fit_the_image_are_told_apart_from_those_that_a
     open_sandbox: Opener,
 ) -> None:
     bad = "diff --git a/keep.txt b/keep.txt\n--- a/keep.txt\n+++ b/keep.txt\n@@ -1 +1 @@\n-none\n+some\n"
-    good = bad.replace("-none", "-one").replace("@@ -1 +1 @@", "@@ -1,3 +1,3 @@").replace("+some\n", "+some\n two\n three\n")
+    good = bad.replace("-none", "-one").replace("@@ -1 +1 @@", "@@ -1,3 +1,3 @@") + " two\n three\n"
     assert not tests_fit(task(patch=bad), open_sandbox)
     assert tests_fit(task(patch=good), open_sandbox)
     sandbox = open_sandbox()
