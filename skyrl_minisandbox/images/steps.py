@@ -37,15 +37,22 @@ def environment_script(python: str, version: str, pip_wheel: str, groups: Sequen
     then each group of exact pins, then `.pyc` files that do not depend on time stamps.
 
     python: the interpreter inside. version: `3.11`. pip_wheel: file name below PIP_WHEEL_DIRECTORY.
+
+    The pip of 3.6 would run a `setup.py` in the environment, which has no setuptools yet; newer ones build it in an
+    environment of its own, as it is told to here, and can do that from within their wheel.
     """
     wheel = f"{PIP_WHEEL_DIRECTORY}/{pip_wheel}"
     lines = ["set -e", f"{python} -m venv --without-pip {ENV}"]
-    pip = f"PYTHONPATH={wheel} {ENV}/bin/python -m pip install --no-deps"
+    pip, new = f"PYTHONPATH={wheel} {ENV}/bin/python -m pip install --no-deps", wheel
     for number, pins in enumerate(_together(groups)):
         requirements = f"{PRIVATE}/requirements{number}.txt"
         lines.append(f"printf '%s\\n' {' '.join(map(shlex.quote, pins))} > {requirements}")
-        lines.append(f"{pip} {wheel if number == 0 else ''} -r {requirements}")
-        pip = f"{ENV}/bin/python -m pip install --no-deps"
+        if version == "3.6" and new:
+            lines.append(f"{pip} {new}")
+            pip, new = f"{ENV}/bin/python -m pip install --no-deps --use-pep517", ""
+        lines.append(f"{pip} {new} -r {requirements}")
+        if new:
+            pip, new = f"{ENV}/bin/python -m pip install --no-deps", ""
     lines += compile_lines(f"{ENV}/bin/python", version, f"{ENV}/lib")
     return "\n".join(lines) + "\n"
 

@@ -40,6 +40,12 @@ _OMITTED: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# No wheel of it is published, and nothing else needs a compiler. Django's tests of it need a server besides, which
+# SWE-bench's images do not have either: they are skipped with it and without it.
+_LEFT_OUT = {"django/django": frozenset({"pywatchman"})}
+
+_SETUPTOOLS_WITH_PEP_660 = 64
+
 # A clone without tags has no version for setuptools-scm.
 _VERSION_FROM_TAGS = frozenset({"astropy/astropy", "matplotlib/matplotlib", "pydata/xarray", "pytest-dev/pytest"})
 
@@ -74,8 +80,9 @@ def environment(instance_id: str, repo: str, version: str) -> Environment | None
     spec = facts["specifications"][specification]
     python = _PYTHON.get(facts["environments"][name]["python"], facts["environments"][name]["python"])
     packages = _add(facts["environments"][name]["pins"], _OMITTED.get(repo, ()))
+    packages = tuple(pin for pin in packages if _name(pin) not in _LEFT_OUT.get(repo, ()))
     system, before = _prepare(spec["pre_install"])
-    install = _install(spec["install"], python)
+    install = _install(spec["install"], python, isolated=_too_old_to_build(packages, python))
     if repo in _VERSION_FROM_TAGS:
         install = f"SETUPTOOLS_SCM_PRETEND_VERSION={version}.0 {install}"
     return Environment(
@@ -89,8 +96,14 @@ def environment(instance_id: str, repo: str, version: str) -> Environment | None
     )
 
 
-def _install(line: str, python: str) -> str:
-    """The project itself, its dependencies being there already.
+def _too_old_to_build(packages: Sequence[str], python: str) -> bool:
+    """Whether the environment's setuptools cannot make an editable installation the way that its pip asks for."""
+    versions = [pin.partition("==")[2] for pin in packages if _name(pin) == "setuptools"]
+    return python != "3.6" and any(int(version.split(".")[0]) < _SETUPTOOLS_WITH_PEP_660 for version in versions)
+
+
+def _install(line: str, python: str, *, isolated: bool = False) -> str:
+    """The project itself, its dependencies being there already. isolated: built with what it says it is built with.
 
     A setuptools finder instead of a path would hide the project's directory from what walks `sys.path`
     (pylint's plugins), hence `editable_mode=compat`; the last pip for Python 3.6 does not have the option,
@@ -98,7 +111,7 @@ def _install(line: str, python: str) -> str:
     """
     words = line.replace("python -m pip install", "").split()
     if line.startswith("python -m pip install"):
-        options = ["--no-deps", "--no-build-isolation"]
+        options = ["--no-deps"] if isolated else ["--no-deps", "--no-build-isolation"]
         if "-e" in words:
             if python != "3.6":
                 options.append("-C editable_mode=compat")

@@ -211,6 +211,22 @@ def test_a_version_for_setuptools_scm_is_given_where_tags_would_have_been() -> N
     assert "setuptools-scm==7.1.0" in env.build_packages
 
 
+def test_what_only_a_compiler_could_install_is_left_out() -> None:
+    env = environment("django__django-13212", "django/django", "3.2")
+    assert env is not None
+    assert not any(pin.startswith("pywatchman") for pin in env.packages)
+    assert "pylibmc==1.6.3" in env.packages
+
+
+def test_a_setuptools_that_is_too_old_to_build_the_project_does_not() -> None:
+    old = environment("pylint-dev__pylint-8898", "pylint-dev/pylint", "3.0")
+    new = environment("pylint-dev__pylint-6903", "pylint-dev/pylint", "2.15")
+    assert old is not None and new is not None
+    assert "setuptools==41.6.0" in old.packages
+    assert old.commands == ("python -m pip install --no-deps -C editable_mode=compat -e .",)
+    assert new.commands == ("python -m pip install --no-deps --no-build-isolation -C editable_mode=compat -e .",)
+
+
 def test_another_split_uses_the_environment_of_its_repository_and_version() -> None:
     known = environment("pallets__flask-5014", "pallets/flask", "2.3")
     assert environment("pallets__flask-4992", "pallets/flask", "2.3") == known
