@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from skyrl_minisandbox.errors import SandboxGone, StoreError
+from skyrl_minisandbox.errors import StoreError
 from skyrl_minisandbox.rewards.parsers import VERDICTS
 from skyrl_minisandbox.sandbox import Sandbox
 
@@ -46,20 +47,15 @@ _LONGEST_LINE = 1 << 20
 _MOST_RECORDS = 2_000_000
 _PLACE_TIMEOUT = 60.0
 
-# $1: a directory for the results. Prints where a file is found by the Python that the tests run on: the image's
-# environment; else what the first Python on PATH says, and the environments that published images use.
+# Where an image has no /opt/env of ours: the environment that published images use, and what the Pythons on PATH say.
 _FIND = r"""
-mkdir -m 1777 -p -- "$1" || exit 1
 shopt -s nullglob
-found=(/opt/env/lib/python*/site-packages)
-if [[ ${#found[@]} -eq 0 ]]; then
-  found=(/opt/miniconda3/envs/testbed/lib/python*/site-packages)
-  for python in python python3; do
-    path=$(command -v "$python") || continue
-    found+=("$("$path" -I -c 'import site; print(site.getsitepackages()[0])')")
-  done
-fi
-printf '%s\n' "${found[@]}" | sort -u
+found=(/opt/miniconda3/envs/testbed/lib/python*/site-packages)
+for python in python python3; do
+  path=$(command -v "$python") || continue
+  found+=("$("$path" -I -c 'import site; print(site.getsitepackages()[0])')")
+done
+printf '%s\n' "${found[@]}"
 """
 
 
@@ -107,23 +103,17 @@ def place(
 ) -> Channel | None:
     """Have the next run of `runner` in `sandbox` report; None for a runner without a reporter.
 
-    python: the environment's version (`3.9`) where the image has one; None: found inside.
+    python: the environment's version (`3.9`) where the image names one.
     only: run nothing but the tests of these names. test_timeout: seconds for each test.
 
-    Raises `SandboxGone`, and `StoreError` where the sandbox's own files cannot be written: nothing of the patch has
-    run yet.
+    Raises `OSError` as the inside has it where nothing can be written: the patch has filled the disk. Raises
+    `StoreError` where the image has no Python, and `SandboxGone`.
     """
     if runner not in _REPORTERS:
         return None
     word = "m" + secrets.token_hex(6)
-    directory = f"/var/lib/{secrets.token_hex(6)}"
-    path = f"{directory}/{secrets.token_hex(6)}"
-    found = sandbox.run(["bash", "-c", _FIND, "find", directory], cwd=workdir, timeout=_PLACE_TIMEOUT)
-    places = [line for line in found.stdout.decode(errors="replace").split("\n") if line.startswith("/")]
-    if python is not None:
-        places = [one for one in places if f"/python{python}/" in one] or places
-    if found.exit_code != 0 or not places:
-        raise StoreError(f"no place for the reporter of {runner} in the sandbox: {found.output.strip()[-300:]}")
+    path = f"/var/lib/{secrets.token_hex(6)}/{secrets.token_hex(6)}"
+    places = _places(sandbox, python)
     loaders = {f"{site}/{name}": text for site in places for name, text in _loader(runner, word).items()}
     modules = [f"{site}/{word}.py" for site in places]
     directories = sorted({str(Path(name).parent) for name in loaders} - set(places))
@@ -135,15 +125,29 @@ def place(
         "test_timeout": test_timeout,
         "workdir": workdir,
     }
-    text = program(runner, word, settings)
-    try:
-        for name, text in [*((module, text) for module in modules), *loaders.items()]:
-            sandbox.write_file(name, text.encode("utf-8", "surrogatepass"))
-    except SandboxGone:
-        raise
-    except OSError as error:
-        raise StoreError(f"the reporter of {runner} cannot be written into the sandbox: {error}") from error
+    text = program(runner, word, settings).encode("ascii", "backslashreplace")
+    sandbox.write_file(f"{path}-", b"")  # has its directory made
+    for module in modules:
+        sandbox.write_file(module, text)
+    for name, content in loaders.items():
+        sandbox.write_file(name, content.encode())
     return Channel(path)
+
+
+def _places(sandbox: Sandbox, python: str | None) -> list[str]:
+    """The directories for packages of the Python that the tests run on."""
+    try:
+        described = sandbox.read_file("/opt/env/pyvenv.cfg", limit=1 << 16).decode(errors="replace")
+    except OSError:
+        described = ""
+    if version := re.search(r"^version(?:_info)? *= *(\d+\.\d+)", described, re.MULTILINE):
+        return [f"/opt/env/lib/python{version[1]}/site-packages"]
+    found = sandbox.run(["bash", "-c", _FIND], cwd="/", timeout=_PLACE_TIMEOUT)
+    lines = [line for line in found.stdout.decode(errors="replace").split("\n") if line.startswith("/")]
+    places = list(dict.fromkeys(lines))
+    if not places:
+        raise StoreError(f"the image has no Python for the tests to report from: {found.output.strip()[-300:]}")
+    return [place for place in places if f"/python{python}/" in place] or places
 
 
 def program(runner: str, module: str, settings: dict[str, Any]) -> str:

@@ -327,12 +327,28 @@ def test_a_runner_without_a_reporter_has_no_channel(plain: Sandbox) -> None:
 
 
 @needs("userns", "overlay")
+def test_a_disk_that_the_patch_has_filled_is_no_fault_of_ours(store_directory: Path, cache_directory: Path) -> None:
+    with opened(RECIPE, store_directory, cache_directory, disk=4 << 20) as sandbox:
+        sandbox.run("head -c 9M /dev/zero > /srv/big")
+        with pytest.raises(OSError, match="No space left"):
+            channel.place(sandbox, "unittest", python=None, workdir="/srv")
+
+
+@needs("userns", "overlay")
+def test_where_an_image_has_no_environment_the_python_on_path_reports(plain: Sandbox) -> None:
+    assert plain.run("mv /opt/env /opt/other").exit_code == 0
+    object.__setattr__(plain.spec, "env", {**plain.spec.env, "PATH": f"/opt/other/bin:{plain.spec.env['PATH']}"})
+    _, told = run(plain, UNITTEST, "python -m unittest -v t.test_x", "unittest")
+    assert told.tests["t.test_x.A.test_pass"] == "PASSED"
+
+
+@needs("userns", "overlay")
 def test_where_no_python_is_that_is_ours(plain: Sandbox) -> None:
     plain.run("rm -rf /opt/env")
     hidden = plain.run("mkdir /nothing && ln -s $(command -v bash mkdir sort) /nothing/").exit_code
     assert hidden == 0
     object.__setattr__(plain.spec, "env", {**plain.spec.env, "PATH": "/nothing"})
-    with pytest.raises(StoreError, match="no place for the reporter of unittest"):
+    with pytest.raises(StoreError, match="the image has no Python"):
         channel.place(plain, "unittest", python=None, workdir="/srv")
 
 
