@@ -19,10 +19,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from skyrl_minisandbox.rewards import canary_bodies
-from skyrl_minisandbox.rewards.canary_borrowed import Borrower, called, functions, line_count
+from skyrl_minisandbox.rewards.canary_borrowed import Borrowed, Borrower, called, functions, line_count
 from skyrl_minisandbox.rewards.canary_places import Place, find_places
 from skyrl_minisandbox.rewards.canary_words import Words
 from skyrl_minisandbox.tasks.task import Tests
+
+_LONGEST = 20  # lines of a canary that borrows nothing
 
 EACH = 2
 """Canaries that must fail, and as many that must pass, in one run."""
@@ -78,7 +80,7 @@ class _Garden:
         self._taken = {word for text in texts for word in re.findall(r"\w+", text)}
         self._sought = self._called_by_hidden(tests)
         self._words: dict[str, Words] = {}
-        self._borrowers: dict[str, Borrower] = {}
+        self._borrowers: dict[tuple[str, str], Borrower] = {}
         self._canaries: list[Planned] = []
 
     def _called_by_hidden(self, tests: Tests) -> frozenset[str]:
@@ -115,13 +117,14 @@ class _Garden:
         return self._files[place.path].room(place) != "line" and self._borrower(place).can_write
 
     def _borrower(self, place: Place) -> Borrower:
-        borrower = self._borrowers.get(place.prefix)
+        borrower = self._borrowers.get((place.path, place.prefix))
         if borrower is None:
             file = self._files[place.path]
             words = self._words.get(place.path)
             if words is None:
                 words = self._words[place.path] = Words.of(file.text, file.module, self._taken, self._rng)
-            borrower = self._borrowers[place.prefix] = Borrower(place, file.lines, words, self._rng, self._sought)
+            borrower = Borrower(place, file.lines, words, self._rng, self._sought)
+            self._borrowers[place.path, place.prefix] = borrower
         return borrower
 
     def put(self, must: str, place: Place) -> None:
@@ -133,17 +136,19 @@ class _Garden:
         room = file.room(place)
         body = borrower.write() if must == "fail" and room != "line" else None
         if body is None:
-            size = line_count(self._rng.choice(place.tests))
-            speaks = place.is_unittest
-            body = canary_bodies.write(
-                words, self._rng, must, place.method, speaks, min(size, 20), one_line=room == "line"
+            size = min(line_count(self._rng.choice(place.tests)), _LONGEST)
+            body = Borrowed(
+                canary_bodies.write(
+                    words, self._rng, must, place.method, place.is_unittest, size, one_line=room == "line"
+                )
             )
         docstring = ""
         if room != "line" and ast.get_docstring(self._rng.choice(place.tests)) is not None:
             docstring = words.docstring()
-            body = [f'"""{docstring}"""', *body]
+            body = dataclasses.replace(body, lines=[f'"""{docstring}"""', *body.lines])
         if file.insert(place, name, body, self._rng):
-            self._canaries.append(Planned(must, _names(self._runner, place, name, docstring)))
+            for called_with in [f"[{inside}]" for inside in body.ids] or [""]:
+                self._canaries.append(Planned(must, _names(self._runner, place, name + called_with, docstring)))
 
     def planted(self) -> Planted:
         """The result. The order of the canaries says nothing."""
@@ -191,11 +196,12 @@ class _File:
             return "anywhere"
         return "end" if place.cls is None or place.module.body[-1] is place.cls else "line"
 
-    def insert(self, place: Place, name: str, body: Sequence[str], rng: random.Random) -> bool:
+    def insert(self, place: Place, name: str, body: Borrowed, rng: random.Random) -> bool:
         """Add one function to the place; False when there is no room for it."""
         indent, step = self._indents(place)
-        header = f"{indent}def {name}({place.method}):"
-        block = [header, *(f"{indent}{step}{line}" if line else "" for line in body)]
+        arguments = ", ".join(filter(None, (place.method, *body.arguments)))
+        block = [f"{indent}{line}" if line else "" for line in (*body.decorators, f"def {name}({arguments}):")]
+        block += [f"{indent}{step}{line}" if line else "" for line in body.lines]
         if self.knows_its_lines and self._keep_lines(place, block, rng):
             return True
         ends = [i for i, node in enumerate(place.body) if node in place.tests]
@@ -236,7 +242,12 @@ class _File:
     def new_text(self) -> str:
         """The file with everything that was added."""
         lines = [self.filled.get(number, line) for number, line in enumerate(self.lines)]
-        for at, block in sorted(self.added, key=lambda entry: entry[0], reverse=True):
+        # From below. Of two at one line, what belongs to a class (it is indented) stays with the class above it.
+        def place(entry: tuple[int, list[str]]) -> tuple[int, bool]:
+            first = next(line for line in entry[1] if line)
+            return entry[0], not first[0].isspace()
+
+        for at, block in sorted(self.added, key=place, reverse=True):
             lines[at:at] = block
         return self.end.join(lines)
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from skyrl_minisandbox.rewards.canary_words import Words
 
+_INDENT = 8  # columns before a statement of a method
+_TRIES = 50
+
 # An expression over {0}, {1} …, and the values for them. {r} is a global name of the module, only mentioned.
 _Fact = tuple[str, Callable[[Words, random.Random], Sequence[object]]]
 
@@ -75,7 +78,6 @@ _TEXTS: tuple[_Fact, ...] = (
     ("[item.upper() for item in {0}]", _list),
     ("sorted({0})", _mapping),
     ("len({0})", _mapping),
-    ("'%s-%d' % ({0}, {1})", _word_and_number),
     ("{0}.ljust({1}, '.')", _word_and_number),
     ("dict([({0}, {1})])", _word_and_number),
 )
@@ -212,6 +214,18 @@ def _hidden(form: str, words: Words) -> bool:
 
 
 def _fact(words: Words, rng: random.Random, used: set[str], wrong: bool, method: str, loops: bool) -> list[str]:
+    """A fact with lines that are no longer than those of the file, where such a one is found."""
+    lines: list[str] = []
+    for _ in range(_TRIES):
+        mine = set(used)
+        lines = _any_fact(words, rng, mine, wrong, method, loops)
+        if _INDENT + max(map(len, lines)) <= words.width:
+            break
+    used |= mine
+    return lines
+
+
+def _any_fact(words: Words, rng: random.Random, used: set[str], wrong: bool, method: str, loops: bool) -> list[str]:
     if loops and rng.random() < 0.15 and not _hidden("len()", words):
         return _loop(words, rng, used, wrong, method)
     mention = words.references and rng.random() < 0.5

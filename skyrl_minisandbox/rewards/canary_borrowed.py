@@ -47,6 +47,15 @@ _EQUALS = frozenset({"assertEqual", "assertEquals", "assertListEqual", "assertDi
 _EQUAL_CALLS = ("assert_equal", "assert_equals", "assert_array_equal", "eq_")
 _UNPLAIN = ast.Yield | ast.YieldFrom | ast.Await | ast.NamedExpr | ast.Global | ast.Nonlocal
 _SHARED = re.compile(r"setup_?class|setup_?module|setUpTestData|scope *=", re.IGNORECASE)
+_FIXTURE = ("pytest.fixture", "pytest.fixture()", "fixture", "fixture()")
+# Fixtures that give back what they lend, and the words that are harmless with them.
+_GRANTS = {
+    "tmp_path": frozenset({"tmp", "open", "read", "write", "mkdir", "touch", "file", "path"}),
+    "tmpdir": frozenset({"tmp", "tmpdir", "open", "read", "write", "mkdir", "file", "path"}),
+    "monkeypatch": frozenset({"monkeypatch", "setattr", "setenv", "delattr"}),
+    "capsys": frozenset({"stdout", "stderr", "write"}),
+}
+_MOST_IDS = 6
 _LONGEST = 24  # statements of a test that is worth borrowing from
 
 
@@ -58,6 +67,19 @@ class _Edit:
     start: int
     end: int
     text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Borrowed:
+    """A body, not indented, and what it needs around it: decorators, and arguments after the first of a method.
+
+    ids: what stands in the brackets of the names of its tests; empty for one without parameters.
+    """
+
+    lines: list[str]
+    arguments: tuple[str, ...] = ()
+    decorators: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -79,13 +101,15 @@ class Borrower:
     def _algebra(self) -> bool:
         return any("sympy" in line for line in self.lines if "import" in line)
 
-    def write(self) -> list[str] | None:
-        """The lines of a body, not indented, or None when no test of the place will do.
+    def write(self) -> Borrowed | None:
+        """A body, or None when no test of the place will do.
 
         About as long as the tests of the place: the false claim stands among statements of other tests of it.
         """
         top = self._tests[: max(3, len(self._tests) // 4)]
         self.rng.shuffle(top)
+        # As often with parameters or fixtures as the tests themselves, among those that can be borrowed from.
+        top.sort(key=lambda test: len(test.args.args) * self.rng.choice((-1, 1)))
         for test in [*top, *self._tests[len(top) :]]:
             ways = [self._wrong_value, self._not_caught, self._no_phrase]
             self.rng.shuffle(ways)
@@ -94,13 +118,15 @@ class Borrower:
             for way in ways:
                 body = way(test)
                 if body is not None:
-                    return self._among_others(body, test)
+                    lines = self._among_others(body, test)
+                    return Borrowed(lines, self._arguments(test), self._decorators(test), self._ids(test))
         return None
 
     def _among_others(self, body: list[str], source: ast.FunctionDef) -> list[str]:
         """The body with statements of other tests before or after it; what comes after is never reached."""
         wanted = line_count(self.rng.choice(self.place.tests))
         others = [test for test in self._tests if test is not source and line_count(test) <= wanted]
+        others = [test for test in others if {*self._arguments(test)} <= {*self._arguments(source)}]
         self.rng.shuffle(others)
         for test in others[:6]:
             if len(body) >= wanted:
@@ -119,23 +145,62 @@ class Borrower:
     @functools.cached_property
     def _tests(self) -> list[ast.FunctionDef]:
         """Tests to borrow from, those first that call what the hidden tests call: there a cheat has its eyes."""
-        tests = [test for test in self.place.passing if self._suits(test)]
+        with_parameters = [test for test in self.place.tests if self._ids(test)]
+        tests = [test for test in (*self.place.passing, *with_parameters) if self._suits(test)]
         self.rng.shuffle(tests)
         return sorted(tests, key=lambda test: -len(called(test) & self.sought)) if self.sought else tests
 
+    @functools.cached_property
+    def _fixtures(self) -> frozenset[str]:
+        """Fixtures that are made anew for each test."""
+        own = [
+            node.name
+            for node in self.place.module.body
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(m) in _FIXTURE for m in node.decorator_list)
+        ]
+        return frozenset({*own, *_GRANTS})
+
+    def _arguments(self, test: ast.FunctionDef) -> tuple[str, ...]:
+        """Names of the arguments, without a method's first."""
+        return tuple(argument.arg for argument in test.args.args[1 if self.place.method else 0 :])
+
+    def _decorators(self, test: ast.FunctionDef) -> tuple[str, ...]:
+        """Their lines without the common indentation."""
+        if not test.decorator_list:
+            return ()
+        first, last = test.decorator_list[0].lineno, test.decorator_list[-1].end_lineno or 0
+        margin = test.col_offset
+        return tuple(line[margin:] if line.strip() else "" for line in self.lines[first - 1 : last])
+
+    def _ids(self, test: ast.FunctionDef) -> tuple[str, ...]:
+        """The ids of a test whose only decorator is a short list of parameters, all of them in pass-to-pass."""
+        match test.decorator_list:
+            case [ast.Call(func=func, args=[ast.Constant(), ast.List() | ast.Tuple() as given], keywords=[])]:
+                known = self.place.parameters.get(test.name, ())
+                text = ast.unparse(test.decorator_list[0])
+                plain = ast.unparse(func).endswith("mark.parametrize") and "param(" not in text and "*" not in text
+                return known if plain and 0 < len(given.elts) == len(known) <= _MOST_IDS else ()
+        return ()
+
     def _suits(self, test: ast.FunctionDef) -> bool:
-        method = self.place.method
-        arguments = [*test.args.posonlyargs, *test.args.args, *test.args.kwonlyargs]
-        if len(arguments) != (1 if method else 0) or (method and arguments[0].arg != method):
+        method, ids = self.place.method, self._ids(test)
+        arguments, given = test.args, self._arguments(test)
+        if arguments.vararg or arguments.kwarg or arguments.posonlyargs or arguments.kwonlyargs or arguments.defaults:
             return False
-        if test.args.vararg or test.args.kwarg or test.decorator_list or len(test.body) > _LONGEST:
+        if (test.decorator_list and not ids) or len(test.body) > _LONGEST:
             return False
-        if any(_parts(name) & _IMPURE or name.startswith("_set") for name in _identifiers(test)):
+        if method and (not arguments.args or arguments.args[0].arg != method):
+            return False
+        if not ids and not {*given} <= self._fixtures:
+            return False
+        granted = frozenset().union(*(_GRANTS.get(name, ()) for name in given))
+        if any(_parts(name) & _IMPURE - granted or name.startswith("_set") for name in _identifiers(test)):
             return False
         statements = _without_docstring(test)
         if method and self.shared_state and any(_uses(node, method) for node in statements):
             return False
         own = {node.id for node in ast.walk(test) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        own |= set() if ids else {*given}
         return bool(statements) and all(self._plain(node, own) for node in statements) and self._on_own_lines(test)
 
     def _plain(self, node: ast.stmt, own: set[str]) -> bool:

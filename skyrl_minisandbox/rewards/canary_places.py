@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from skyrl_minisandbox.tasks.task import Tests
 
@@ -35,7 +35,8 @@ class Place:
     prefix: how the runner calls the container: `path::Class` or `path` for pytest, `module.Class` for
         unittest and django, the path for sympy.
     tests: the test functions of its own body, in order. passing: those of them that are plain, listed in
-    pass-to-pass, and neither asynchronous nor decorated. wanted: its file has a fail-to-pass test.
+    pass-to-pass, and neither asynchronous nor decorated. parameters: by name of a function of pass-to-pass what
+    stands in the brackets of its tests. wanted: its file has a fail-to-pass test.
     costly: a test in it costs more than the call of a function. method: the name of a test's first argument, ""
     for functions.
     """
@@ -46,6 +47,7 @@ class Place:
     cls: ast.ClassDef | None
     tests: tuple[ast.FunctionDef, ...]
     passing: tuple[ast.FunctionDef, ...]
+    parameters: Mapping[str, tuple[str, ...]]
     wanted: bool
     costly: bool
     method: str
@@ -100,6 +102,7 @@ class _Listed:
     prefix: str
     passing: set[str] = dataclasses.field(default_factory=set)
     plain: set[str] = dataclasses.field(default_factory=set)
+    parameters: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     wanted: bool = False
 
 
@@ -121,6 +124,9 @@ def _listed(runner: str, modules: Mapping[str, ast.Module], tests: Tests) -> dic
             entry = found.setdefault((path, cls), _Listed(prefix))
             entry.wanted |= not passes
             if "[" in name:
+                inside = name.partition("[")[2]
+                if passes and inside.endswith("]"):
+                    entry.parameters[function] = (*entry.parameters.get(function, ()), inside[:-1])
                 continue
             entry.plain.add(function)
             if passes:
@@ -159,18 +165,21 @@ class _Where:
     runner: str
     modules: Mapping[str, ast.Module]
 
-    def __call__(self, file: str, function: str) -> Iterator[str]:
-        for path, module in self.modules.items():
-            if self.runner == "pytest" or (self.runner == "sympy" and file):
-                if path == file or path.endswith("/" + file):
-                    yield path
-            elif self.runner == "sympy":
-                if any(isinstance(node, ast.FunctionDef) and node.name == function for node in module.body):
-                    yield path
-            else:
-                dotted = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-                if dotted == file or dotted.endswith("." + file):
-                    yield path
+    def __call__(self, file: str, function: str) -> list[str]:
+        if self.runner == "sympy" and not file:
+            return [path for path, module in self.modules.items() if _defines(module, function)]
+        names = {path: path for path in self.modules}
+        end = "/" + file
+        if self.runner in ("unittest", "django"):
+            names = {path: path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in names}
+            end = "." + file
+        exact = [path for path, name in names.items() if name == file]
+        found = exact or [path for path, name in names.items() if name.endswith(end)]
+        return found if len(found) == 1 else []  # one of two files may not be run at all
+
+
+def _defines(module: ast.Module, function: str) -> bool:
+    return any(isinstance(node, ast.FunctionDef) and node.name == function for node in module.body)
 
 
 def _selects(command: str) -> bool:
@@ -211,6 +220,7 @@ def _place(path: str, module: ast.Module, cls: ast.ClassDef | None, found: _List
         cls=cls,
         tests=tuple(node for node in functions if node.name.startswith(start)),
         passing=tuple(node for node in plain if node.name in found.passing and not node.decorator_list),
+        parameters=found.parameters,
         wanted=wanted,
         method="" if cls is None else plain[0].args.args[0].arg,
         costly=cls is not None and any(_COSTLY.search(ast.unparse(base)) for base in cls.bases),

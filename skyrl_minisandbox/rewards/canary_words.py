@@ -27,6 +27,9 @@ _REBOUND = re.compile(
 _ASSIGNED = re.compile(r"\b(len|max|min|sorted|sum|divmod|str|list|range|dict) *(?::[^=\n]*)?=(?!=)")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
+# Columns. Wider lines than a file has would show what is ours, also to tests that look at their own file's style.
+_NARROWEST, _WIDEST = 72, 120
+
 # For files with few words of their own.
 _SPARE = re.findall(
     r"\w+",
@@ -52,7 +55,7 @@ class Words:
     variables: names of local variables. taken: identifiers that no canary may have. quote: the quotation mark
     that it mostly uses.
     references: global names of the module that a function may mention without running anything.
-    numeric: the share of numbers among its literals.
+    numeric: the share of numbers among its literals. width: columns of its longest line, within reason.
     hidden: builtins of which the module has another; hides_all: it imports by `*`, so that none is sure.
     """
 
@@ -65,6 +68,7 @@ class Words:
     quote: str
     references: list[str]
     numeric: float
+    width: int
     hidden: set[str]
     hides_all: bool
 
@@ -90,6 +94,7 @@ class Words:
             quote="'" if text.count("'") > text.count('"') else '"',
             references=sorted(references),
             numeric=numbers / (numbers + strings + 1),
+            width=min(max(_NARROWEST, *map(len, text.split("\n"))), _WIDEST),
             hidden={*_REBOUND.findall(text), *_ASSIGNED.findall(text)},
             hides_all=_STAR.search(text) is not None,
         )
@@ -111,7 +116,7 @@ class Words:
                 if name not in avoid:
                     return name
             name = self.word() if kind < 0.93 else f"{self.word()}_{self.word()}"
-            if name not in avoid and name not in self.taken:
+            if name not in avoid and name not in self.taken and not hasattr(builtins, name):
                 return name
             # A file's own words are mostly its globals: two of them together seldom are.
             self.common.append(self.rng.choice(_SPARE))
