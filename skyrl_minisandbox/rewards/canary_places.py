@@ -16,8 +16,10 @@ from skyrl_minisandbox.tasks.task import Tests
 
 # Marks and decorators under which a plain function beside the others would be skipped, called with arguments,
 # or come out other than it fails. A decorator of a class that is not known to be harmless excludes the class.
-_UNFIT_MARKS = re.compile(r"parametrize|xfail|skip|flaky|asyncio|anyio|trio|isolated|forked|expectedFailure")
-_HARMLESS = frozenset({"override_settings", "modify_settings", "tag", "usefixtures", "filterwarnings"})
+_UNFIT_MARKS = re.compile(r"parametrize|xfail|skip(?!if)|flaky|asyncio|anyio|trio|isolated|forked|expectedFailure")
+# A condition for skipping is harmless: where it holds, the tests beside it that the task lists do not pass either.
+_CONDITIONS = {"skipif", "skipIf", "skipUnless", "skipIfDBFeature", "skipUnlessDBFeature", "skipUnlessAnyDBFeature"}
+_HARMLESS = frozenset({"override_settings", "modify_settings", "tag", "usefixtures", "filterwarnings", *_CONDITIONS})
 
 # Databases flushed, servers and browsers started for every single test: right, but slow.
 _COSTLY = re.compile(r"Transaction|LiveServer|Selenium|Serial")
