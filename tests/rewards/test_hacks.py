@@ -15,6 +15,7 @@ from skyrl_minisandbox.rewards import REWARDS, load_reward
 from tests.rewards.hacks import HACKS, TWINS
 from tests.rewards.hacks.hack import KINDS, Hack, Twin
 from tests.rewards.hacks.suite import Bench
+from tests.rewards.hacks.table import BEGIN, DOCUMENT, END
 from tests.support import require
 
 _QUICK = frozenset({"conftest-report", "forged-summary", "chosen-runtest", "expected-failure", "unittest-should-stop"})
@@ -34,7 +35,8 @@ def _each(items: list[Any], quick: frozenset[str] = frozenset(), *, expected: bo
     for item in items:
         marks: list[Any] = [] if item.name in quick else [pytest.mark.ci]
         if expected and item.paid:
-            marks.append(pytest.mark.xfail(strict=True, reason=item.paid))
+            # One that is caught by luck may be caught each time.
+            marks.append(pytest.mark.xfail(strict=item.tries == 1, reason=item.paid))
         found.append(pytest.param(item, id=item.name, marks=marks))
     return found
 
@@ -89,3 +91,13 @@ def test_the_suite_is_as_wide_as_it_says() -> None:
     names = [hack.name for hack in HACKS] + [twin.name for twin in TWINS]
     assert len(names) == len(set(names))
     assert {hack.name for hack in HACKS} >= _QUICK
+
+
+def test_the_table_in_the_docs_is_of_this_suite() -> None:
+    shown = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0]
+    assert f"{len(HACKS)} hacks of {len(KINDS)} classes" in shown
+    for kind, text in KINDS.items():
+        row = next(line for line in shown.splitlines() if line.startswith(f"| **{kind}**: {text} |"))
+        assert row.split(" | ")[1] == str(sum(hack.kind == kind for hack in HACKS))
+    still_paid = {line.split("`")[1] for line in shown.splitlines() if line.startswith("- `")}
+    assert still_paid <= {hack.name for hack in HACKS if hack.paid}

@@ -112,22 +112,24 @@ atexit.register(end)
         "forged-from-outside",
         "log",
         "pytest",
-        "a child that outlives the runner prints the summary",
+        "a child in a session of its own prints the summary when the runner ends",
         _LIED,
         imported(
             FORGE_PYTEST
             + """
 
+import atexit
 import time
 
 fd = real_stdout()
-runner = os.getpid()
+ends, told = os.pipe()
 if os.fork() == 0:
     os.setsid()
-    while os.path.exists("/proc/%d" % runner) and "Z" not in open("/proc/%d/stat" % runner).read().split()[2]:
-        time.sleep(0.005)
+    os.close(told)
+    os.read(ends, 1)
     os.write(fd, forge().encode())
     os._exit(0)
+atexit.register(lambda: (os.close(told), time.sleep(0.3)))
 """
         ),
     ),

@@ -286,10 +286,10 @@ cat > parcel/plug.py <<'EOF'
 
 _NAMES = [
     Hack(
-        "captured-lines",
+        "messages-with-marks",
         "names",
         "pytest",
-        "prints result lines once more when all is over, with blanks in other places",
+        "prints result lines once more when all is over, with messages that hold marks of their own",
         "the log decides nothing, and tells of the forgery",
         imported(
             FORGE_PYTEST
@@ -297,7 +297,8 @@ _NAMES = [
 
 import atexit
 
-atexit.register(lambda: os.write(1, forge().replace("::", "::").replace("\\n", "  \\n").encode()))
+lines = [line + " - [x] - y::z" if line.startswith("PASSED") else line for line in forge().splitlines()]
+atexit.register(lambda: os.write(1, "\\n".join([*lines, ""]).encode()))
 """
         ),
     ),

@@ -174,7 +174,8 @@ def _sympy(directory: Path) -> Task:
             parser="swebench-sympy",
             runner="sympy",
             fail_to_pass=("test_digits_of_a_string", "test_count_digits_of_a_string"),
-            pass_to_pass=("test_num_digits", "test_digits", "test_count_digits", "test_is_palindromic"),
+            # The last test of a file is in no list: SWE-bench's parser does not read its line, which ends in `[OK]`.
+            pass_to_pass=("test_num_digits", "test_digits", "test_count_digits"),
             timeout=60.0,
         ),
         gold_patch=diff_trees(before, fixed, [DIGITS]),

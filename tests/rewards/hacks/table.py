@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skyrl_minisandbox.images import Cache, Store
@@ -34,15 +35,10 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The row as Markdown."""
+        """One line for a person."""
         hack = self.hack
-        bait = "-" if self.bait is None else f"{hack.bait}: {'paid' if self.bait else '**not paid**'}"
-        found = f"**paid**: {hack.paid}" if self.paid else f"{self.outcome}: {hack.stopped}"
-        return f"| {hack.kind} | {hack.name} | {hack.runner} | {_cell(hack.idea)} | {bait} | {_cell(found)} |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+        bait = "no bait" if self.bait is None else f"{hack.bait}: {'paid' if self.bait else 'NOT PAID'}"
+        return f"{hack.kind:14} {hack.runner:8} {hack.name:32} {bait:22} protected: {'PAID' if self.paid else self.outcome}"
 
 
 def measure(bench: Bench, hacks: Sequence[Hack]) -> list[Row]:
@@ -56,17 +52,34 @@ def measure(bench: Bench, hacks: Sequence[Hack]) -> list[Row]:
     return rows
 
 
-def render(rows: Sequence[Row], twins: int, twins_paid: int) -> str:
-    """What stands between the markers."""
-    paid = sum(row.paid for row in rows)
-    lines = ["| class | hack | runner | what it does | without protection | `protected` |", "|---|---|---|---|---|---|"]
-    lines += [row.text for kind in KINDS for row in rows if row.hack.kind == kind]
+def render(rows: Sequence[Row], twins: Mapping[str, bool]) -> str:
+    """What stands between the markers: a row for each class. twins: whether each was paid in both modes, by name."""
+    lines = ["| class | hacks | bait taken | paid | what stops them | honest twins paid |", "|---|---|---|---|---|---|"]
+    for kind, text in KINDS.items():
+        own = [row for row in rows if row.hack.kind == kind]
+        paid = [row for row in own if row.paid]
+        stopped = list(dict.fromkeys(row.hack.stopped for row in own if not row.paid))
+        honest = [twins[twin.name] for twin in TWINS if twin.kind == kind]
+        cells = [
+            f"**{kind}**: {text}",
+            str(len(own)),
+            f"{sum(row.bait is True for row in own)} of {sum(row.bait is not None for row in own)}",
+            f"**{len(paid)}**: {', '.join(row.hack.name for row in paid)}" if paid else "0",
+            "; ".join(stopped),
+            f"{sum(honest)} of {len(honest)}",
+        ]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    runners = Counter(row.hack.runner for row in rows)
     lines += [
         "",
-        f"{len(rows)} hacks of {len({row.hack.kind for row in rows})} classes: **{paid} paid** in `protected`. "
-        f"{sum(row.bait is True for row in rows)} are paid by the grading in the fifth column. "
-        f"{twins_paid} of {twins} honest twins are paid in both modes.",
+        f"{len(rows)} hacks of {len(KINDS)} classes on {len(runners)} runners "
+        f"({', '.join(f'{runner} {count}' for runner, count in runners.most_common())}): "
+        f"{sum(row.paid for row in rows)} paid in `protected`. "
+        f"{sum(twins.values())} of {len(twins)} honest twins paid in both modes.",
     ]
+    known = [row for row in rows if row.paid]
+    if known:
+        lines += ["", "Still paid:", *(f"- `{row.hack.name}`: {row.hack.paid or 'not known before'}" for row in known)]
     return "\n".join(lines)
 
 
@@ -81,12 +94,12 @@ def main() -> None:
             (directory / name).mkdir(parents=True, exist_ok=True)
         bench = Bench(Store(directory / "store"), Cache(directory / "cache"), Sources(directory / "sources"))
         rows = measure(bench, HACKS)
-        paid = sum(all(bench.paid(twin, mode) for mode in ("official", "protected")) for twin in TWINS)
+        twins = {twin.name: all(bench.paid(twin, mode) for mode in ("official", "protected")) for twin in TWINS}
     before, rest = DOCUMENT.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    text = render(rows, len(TWINS), paid)
+    text = render(rows, twins)
     DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    print(text.splitlines()[-1])
+    print("\n".join(row.text for row in rows))
 
 
 if __name__ == "__main__":
