@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from skyrl_minisandbox.config import GradingConfig
 from skyrl_minisandbox.errors import SandboxGone, StoreError
 from skyrl_minisandbox.record import Outcome
-from skyrl_minisandbox.rewards import channel, official, restore
+from skyrl_minisandbox.rewards import channel, official, restore, runner
 from skyrl_minisandbox.rewards.apply import apply_patch
 from skyrl_minisandbox.rewards.canaries import Planned, plant
 from skyrl_minisandbox.rewards.compiles import compiles
@@ -54,7 +54,8 @@ def grade(
     needs: fields of the report to fill although no test does (`Reward.needs`): `compiled`.
 
     Raises `SandboxError` when no sandbox can be had, `TaskError` when the task's test patch does not fit
-    its own image, `StoreError` when git cannot be run in it. Nothing that the patch does is an exception.
+    its own image, `StoreError` when git or the test runner cannot be run in it. Nothing that the patch does is an
+    exception.
     """
     how, limit = grading or GradingConfig(), task.tests.timeout if timeout is None else timeout
     return _Grading(task, patch, open_sandbox, how, limit, needs).grade(run_empty)
@@ -102,6 +103,8 @@ class _Grading:
         tests = self._task.tests
         verdict = official.verdict(tests, done.output, done.exit_code, self._how.rules)
         passed = {**verdict.fail_to_pass, **verdict.pass_to_pass}
+        if not verdict.tests:
+            runner.check(self._task, done, self._open)
         if done.timed_out:
             outcome, error = Outcome.TESTS_TIMEOUT, f"the tests did not end within {done.seconds:.0f} s"
         elif verdict.resolved:
@@ -152,7 +155,10 @@ class _Grading:
                 results = reports.read(sandbox) if reports is not None else None
             except SandboxGone as error:
                 raise _Died(error) from None
-        return judge(tests, tuple(only) or self._asked, done, results, planned), done
+        judged = judge(tests, tuple(only) or self._asked, done, results, planned)
+        if not judged.tests:
+            runner.check(self._task, done, self._open)
+        return judged, done
 
     def _bring_in(self, sandbox: Sandbox) -> None:
         """The patch, then the original tests on top."""

@@ -83,9 +83,8 @@ def restore(
     try:
         changes = sandbox.changes(limit=MOST_CHANGES)
     except OSError as error:
-        if error.errno != errno.EFBIG:
-            raise SandboxError(f"what the patch of task `{task.id}` changed cannot be listed: {error}") from error
-        raise DoesNotGoIn(f"the patch changes more than {MOST_CHANGES} paths") from None
+        many = f"it changes more than {MOST_CHANGES} paths"
+        raise DoesNotGoIn(many if error.errno == errno.EFBIG else f"what it changes cannot be told: {error}") from None
     found = {
         change.path.removeprefix(workdir + "/"): change.kind
         for change in changes

@@ -1,7 +1,7 @@
 """Whether the test command starts at all in the task's image: a run that tells of no test may be the image's fault.
 
 A patch can make its own tests tell of nothing too, by the same exit status and the same words, so what the patched run
-looks like decides nothing. The same command over the image as it is does.
+looks like decides nothing. The same command over the image with the hidden tests alone does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 
 from skyrl_minisandbox.errors import SandboxError, SandboxGone, StoreError
+from skyrl_minisandbox.rewards import restore
 from skyrl_minisandbox.sandbox import CommandResult, Sandbox
 from skyrl_minisandbox.tasks.task import Task
 
@@ -30,7 +31,10 @@ def check(task: Task, done: CommandResult, open_sandbox: Callable[[], Sandbox]) 
         return
     try:
         with open_sandbox() as sandbox:
+            restore.bring_tests(task, sandbox)
             bare = sandbox.run(task.tests.command, cwd=task.recipe.workdir, timeout=task.tests.timeout)
+    except restore.DoesNotGoIn as error:
+        raise restore.damaged(task, error) from None
     except SandboxGone as error:
         raise SandboxError(f"the sandbox of task `{task.id}` died before any patch was in: {error}") from error
     words = _missing(task, bare)

@@ -439,7 +439,6 @@ class TestOurs:
         finished = yard.graded(patch_of("echo right"), task.model_copy(update={"tests": broken}))
         masked(finished, Event.TASK_UNFIT, "small-1", "does not fit its image")
 
-    @pytest.mark.xfail(strict=True, reason="grade() does not ask runner.check() yet")
     @pytest.mark.parametrize("command", ["/opt/env/bin/no-such-runner -v", "/srv/other.txt"])
     @MODES
     def test_a_runner_that_the_image_lacks(self, yard: Yard, command: str, mode: str) -> None:
