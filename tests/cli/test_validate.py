@@ -20,10 +20,12 @@ from skyrl_minisandbox.cli.live_table import LiveTable
 from skyrl_minisandbox.cli.validate import text_of
 from skyrl_minisandbox.config import GradingConfig
 from skyrl_minisandbox.images import Cache, Store, build_image
+from skyrl_minisandbox.images.recipe import Sdist
 from skyrl_minisandbox.images.sources import Sources
 from skyrl_minisandbox.rewards.parsers import plain
 from skyrl_minisandbox.sandbox import Limits, Sandbox
 from skyrl_minisandbox.tasks import Task, load_tasks
+from skyrl_minisandbox.tasks.pypi import TASK_FILES, read_task_file
 from skyrl_minisandbox.tasks.validation import GATES, Validation
 from tests.cli.conftest import Command
 from tests.cli.kinds import ANSWER, FAMILY, OTHER, TESTS, recipe, task
@@ -259,6 +261,72 @@ def test_tests_that_need_their_order_are_told_and_no_gate(judged: Judge) -> None
     assert set(row.order_matters) <= set(names) and len(row.order_matters) > 1
     assert (row.modes_agree, row.differences, row.wrong_fails, row.needs_network) == (True, (), True, False)
     assert "fail when shuffled:\n    test_ordered.py::test_in_turn[" in text_of([row])
+
+
+UNSTEADY = """\
+diff --git a/test_unsteady.py b/test_unsteady.py
+new file mode 100644
+--- /dev/null
++++ b/test_unsteady.py
+@@ -0,0 +1,6 @@
++def test_by_chance():
++    with open("/count") as file:
++        assert int(file.read()) % 2 == 0
++
++def test_always():
++    assert True
+"""
+
+HARMLESS = """\
+diff --git a/NOTES b/NOTES
+new file mode 100644
+--- /dev/null
++++ b/NOTES
+@@ -0,0 +1 @@
++nothing that a test looks at
+"""
+
+
+@pytest.mark.ci
+@needs("network")
+def test_a_real_task_that_starts_from_the_fixed_release_is_rejected(judged: Judge) -> None:
+    (real,) = load_tasks("pypi", ids=["inflection-0.3.1"])
+    fixed = read_task_file(TASK_FILES / "inflection-0.3.1.yaml").fix
+    release = Sdist(package="inflection", **fixed.model_dump())
+    tests = real.tests.model_copy(update={"patch": ""})  # that release brings them
+    recipe = real.recipe.model_copy(update={"repository": release})
+    row = judged(real.model_copy(update={"recipe": recipe, "tests": tests, "gold_patch": HARMLESS}), GradingConfig())
+    assert (row.valid, row.failure, row.gates()) == (False, "empty_passes", [False, True, True, True])
+    assert set(row.already_pass) == set(real.tests.fail_to_pass)
+
+
+@pytest.mark.ci
+@needs("network")
+def test_a_flaky_test_of_a_real_task_is_dropped_and_the_rest_is_a_task(judged: Judge) -> None:
+    (real,) = load_tasks("pypi", ids=["inflection-0.3.1"])
+    more = {
+        "patch": real.tests.patch + UNSTEADY,
+        "files": (*real.tests.files, "test_unsteady.py"),
+        "command": f"{real.tests.command} test_unsteady.py",
+        "pass_to_pass": (
+            *real.tests.pass_to_pass, "test_unsteady.py::test_by_chance", "test_unsteady.py::test_always"
+        ),
+    }  # fmt: skip
+    row = judged(real.model_copy(update={"tests": real.tests.model_copy(update=more)}), GradingConfig())
+    assert (row.valid, row.error, row.flaky) == (True, "", ("test_unsteady.py::test_by_chance",))
+
+
+@pytest.mark.ci
+@needs("network")
+def test_a_real_task_from_whose_history_the_fix_can_be_read_is_rejected(judged: Judge) -> None:
+    (real,) = load_tasks("pypi", ids=["inflection-0.3.1"])
+    later = (
+        f"git switch -q -c later && git apply <<'END'\n{real.gold_patch}END\n"
+        "git -c user.name=one -c user.email=one@example.invalid commit -q -a -m 'the fix' && git switch -q -"
+    )
+    row = judged(real.model_copy(update={"recipe": real.recipe.model_copy(update={"commands": (later,)})}))
+    assert (row.valid, row.failure, row.gates()) == (False, "future_reachable", [True, True, True, False])
+    assert row.log[0].startswith("commit ") and row.log[0].endswith("the fix")
 
 
 class Terminal:
