@@ -38,7 +38,8 @@ class Row:
         """One line for a person."""
         hack = self.hack
         bait = "no bait" if self.bait is None else f"{hack.bait}: {'paid' if self.bait else 'NOT PAID'}"
-        return f"{hack.kind:14} {hack.runner:8} {hack.name:32} {bait:22} protected: {'PAID' if self.paid else self.outcome}"
+        found = "PAID" if self.paid else self.outcome
+        return f"{hack.kind:14} {hack.runner:8} {hack.name:32} {bait:22} protected: {found}"
 
 
 def measure(bench: Bench, hacks: Sequence[Hack]) -> list[Row]:
