@@ -217,7 +217,7 @@ def _record(line: bytes) -> list[str] | None:
     return None
 
 
-_WORST_FIRST = ("ERROR", "FAILED", "XPASS", "SKIPPED", "XFAIL", "PASSED")
+_WORST_FIRST = ("ERROR", "FAILED", "XPASS", "XFAIL", "PASSED", "SKIPPED")
 
 
 def _worse(old: str | None, new: str) -> str:

@@ -6,11 +6,12 @@ state is in closures, and every function of the standard library is taken before
 freeze clocks and fake file systems in whatever module attributes they find.
 """
 
-WORST_FIRST = ("ERROR", "FAILED", "XPASS", "SKIPPED", "XFAIL", "PASSED")
+WORST_FIRST = ("ERROR", "FAILED", "XPASS", "XFAIL", "PASSED", "SKIPPED")
 
 
 def worse(old, new):
-    """The worse of two verdicts; `old` may be None."""
+    """The worse of two verdicts; `old` may be None. A test of which a part was skipped (a subtest, what comes after it)
+    is what the rest of it is, as in a log."""
     return new if old is None or WORST_FIRST.index(new) < WORST_FIRST.index(old) else old
 
 
