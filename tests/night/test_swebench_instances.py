@@ -63,6 +63,15 @@ INSTANCES = {
 }
 EMPTY = {"pylint-dev__pylint-8898": (0, 17)}
 
+# The same in protected mode, where it says more. A test whose only failures are subtests prints no verdict before
+# Python 3.11, so that the next test stands on its line and the log's parser misses it. That test does pass without
+# the gold patch: it is in fail-to-pass because of the log alone.
+EMPTY_BY_CHANNEL = {
+    "django__django-13023": (1, 9),
+    "django__django-14376": (1, 6),
+    "django__django-16136": (1, 7),
+}
+
 # Tests that need more than a sandbox without a network has: httpbin, and an address that never answers. With both,
 # gold is resolved; without, these tests fail whatever the patch does.
 NEEDS_A_NETWORK = {"psf__requests-1921": 43, "psf__requests-2931": 2}
@@ -117,7 +126,9 @@ def assert_agreement(reports: Mapping[str, TestReport]) -> None:
     official, protected = reports["official"], reports["protected"]
     assert protected.outcome == official.outcome, (official.error, protected.error)
     differ = {name for name, good in passed(official).items() if passed(protected)[name] != good}
-    assert not differ, protected.log
+    # What the log does not tell of at all, the channel may: see EMPTY_BY_CHANNEL.
+    assert differ <= set(official.missing), protected.log
+    assert all(passed(protected)[name] for name in differ)
 
 
 @pytest.mark.parametrize("instance_id", INSTANCES)
@@ -129,12 +140,14 @@ def test_an_instance_builds_and_both_modes_grade_it_as_recorded(instance_id: str
         gold = judge(task, task.gold_patch, made)
         assert_agreement(gold)
         assert gold["protected"].outcome is Outcome.RESOLVED, gold["protected"].error
-        assert counts(gold["protected"]) == INSTANCES[instance_id]
+        assert counts(gold["official"]) == counts(gold["protected"]) == INSTANCES[instance_id]
         assert len(gold["protected"].canaries) >= 2 and all(canary.right for canary in gold["protected"].canaries)
         empty = judge(task, "", made)
         assert_agreement(empty)
         assert empty["protected"].outcome is Outcome.UNRESOLVED
-        assert counts(empty["protected"]) == EMPTY.get(instance_id, (0, INSTANCES[instance_id][1]))
+        recorded = EMPTY.get(instance_id, (0, INSTANCES[instance_id][1]))
+        assert counts(empty["official"]) == recorded
+        assert counts(empty["protected"]) == EMPTY_BY_CHANNEL.get(instance_id, recorded)
         # It may break more or less than the issue does; the modes must say the same of it.
         asked = "\n".join([task.problem_statement, *task.tests.fail_to_pass, task.tests.patch])
         assert_agreement(judge(task, wrong_patch(task.gold_patch, asked), made))
