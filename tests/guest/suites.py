@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import shutil
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def run(kernel: str, arguments: Sequence[str], out: Path, accelerators: Sequence
         argv = ("bash", "-c", script, "pytest", *chosen)
         runs.append(Run(name, who, place, argv, _EACH, (("MINISANDBOX_MUST_RUN", must), ("PYTHONUNBUFFERED", "1"))))
     started = time.monotonic()
+    for run in runs:  # what an earlier guest left is no result of this one
+        shutil.rmtree(out / run.name, ignore_errors=True)
     outcome = boot(kernel, runs, _TOTAL, out, accelerators)
     failed = report(outcome, [run.name for run in runs])
     print(f"guest: {time.monotonic() - started:.0f} s in all; logs and JUnit files: {out}")
