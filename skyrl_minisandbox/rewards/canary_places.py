@@ -114,9 +114,10 @@ def _listed(runner: str, modules: Mapping[str, ast.Module], tests: Tests) -> dic
     if split is None:
         return {}
     where = _Where(runner, modules)
+    described = _described(modules) if runner == "django" else {}
     found: dict[tuple[str, str], _Listed] = {}
     for name, passes in [*((n, True) for n in tests.pass_to_pass), *((n, False) for n in tests.fail_to_pass)]:
-        parts = split(name)
+        parts = split(name) or described.get(name)
         if parts is None:
             continue
         file, cls, function = parts
@@ -125,7 +126,7 @@ def _listed(runner: str, modules: Mapping[str, ast.Module], tests: Tests) -> dic
             prefix = path if runner == "sympy" else f"{file}{separator}{cls}" if cls else file
             entry = found.setdefault((path, cls), _Listed(prefix))
             entry.wanted |= not passes
-            if "[" in name:
+            if runner == "pytest" and "[" in name:
                 inside = name.partition("[")[2]
                 if passes and inside.endswith("]"):
                     entry.parameters[function] = (*entry.parameters.get(function, ()), inside[:-1])
@@ -150,9 +151,21 @@ def _dotted_name(name: str) -> tuple[str, str, str] | None:
     elif re.fullmatch(r"\w+(\.\w+){2,}", name):
         dotted, function = name.rsplit(".", 1)
     else:
-        return None  # a test that is known by its docstring
+        return None
     file, _, cls = dotted.rpartition(".")
     return (file, cls, function) if file else None
+
+
+def _described(modules: Mapping[str, ast.Module]) -> dict[str, tuple[str, str, str]]:
+    """Django's tests by the first line of their docstring, by which its log and so its lists call them."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for path, module in modules.items():
+        file = path.removesuffix(".py").removeprefix("tests/").replace("/", ".")
+        for cls in [node for node in module.body if isinstance(node, ast.ClassDef)]:
+            for test in [node for node in cls.body if isinstance(node, ast.FunctionDef)]:
+                line = (ast.get_docstring(test) or "").strip().split("\n")[0].strip()
+                found.setdefault(line, []).append((file, cls.name, test.name))
+    return {line: tests[0] for line, tests in found.items() if line and len(tests) == 1}
 
 
 def _sympy_name(name: str) -> tuple[str, str, str] | None:

@@ -60,6 +60,35 @@ def test_a_condition_that_the_listed_tests_have_too_keeps_no_canary_out(conditio
     assert len(plant_into(source, 0).canaries) == 4
 
 
+DESCRIBED = '''\
+from django.test import TestCase
+
+
+class UUIDTests(TestCase):
+    def test_first(self):
+        """
+        #24377 - A [parent] should be ignored,
+        as it is made anew.
+        """
+        self.assertEqual(1 + 1, 2)
+
+    def test_second(self):
+        """What two tests say of themselves."""
+
+    def test_third(self):
+        """What two tests say of themselves."""
+'''
+
+
+def test_a_class_of_django_whose_tests_are_listed_by_their_docstrings_gets_canaries() -> None:
+    path = "tests/model_formsets/test_uuid.py"
+    for listed, count in (("#24377 - A [parent] should be ignored,", 4), ("What two tests say of themselves.", 0)):
+        tests = Tests(patch="", files=(path,), command="", runner="django", fail_to_pass=(listed,), pass_to_pass=())
+        canaries = plant("django", {path: DESCRIBED}, tests, random.Random(1)).canaries
+        assert len(canaries) == count
+        assert all(one.names[0].endswith(" (model_formsets.test_uuid.UUIDTests)") for one in canaries)
+
+
 SELF_AWARE = """\
 import inspect
 
