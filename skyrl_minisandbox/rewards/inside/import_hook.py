@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 """Do something to a module as soon as it has been imported, for reporters that a `.pth` file loads.
 
 That file is read by every Python process, so nothing is imported here.

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 """What all reporters share: the results file, who may write it, and the watchdog over each test.
 
 The text of a reporter follows this one's in the same module, and one line that starts it with its settings. All

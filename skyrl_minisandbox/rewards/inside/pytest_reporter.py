@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 """A pytest plug-in that reports over the results file. pytest 3.3 to 9.
 
 Loaded by an entry point before any conftest; the first process that is about to collect and run takes the file.
@@ -71,8 +71,8 @@ def _plugin(ledger, config):
     workdir = os.path.realpath(ledger.settings["workdir"])
     runner = os.path.realpath(sys.modules["_pytest"].__file__ or workdir)
     # Where pytest is what is being tested, its tests may do with it as they like.
-    differences = snapshot(() if runner.startswith(workdir + os.sep) else DECISIVE)  # type: ignore[name-defined]  # noqa: F821
-    worse_of = worse  # type: ignore[name-defined]  # noqa: F821
+    differences = snapshot(() if runner.startswith(workdir + os.sep) else DECISIVE)  # noqa: F821
+    worse_of = worse  # noqa: F821
     only = frozenset(ledger.settings["only"])
     cut = tuple(name for name in only if "[" in name and not name.endswith("]"))
     write, watch = ledger.write, ledger.watch

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 """Reports what a `unittest` result is told, over the results file: unittest itself and Django's `runtests.py`.
 
 The first run of a `TextTestRunner` (or, where a program has a runner of its own, the first test that begins) takes
@@ -83,7 +83,7 @@ def reporter(ledger):
                 run.end()
 
         runner_class.run = whole_run
-        run.differences = snapshot(DECISIVE)  # type: ignore[name-defined]  # noqa: F821
+        run.differences = snapshot(DECISIVE)  # noqa: F821
 
     return install
 
@@ -93,7 +93,7 @@ class _Run:
 
     def __init__(self, ledger):
         self._ledger = ledger
-        self._worse = worse  # type: ignore[name-defined]  # noqa: F821
+        self._worse = worse  # noqa: F821
         self._only = frozenset(ledger.settings["only"])
         self._begun = False
         self._result = self._test = self._verdict = None
