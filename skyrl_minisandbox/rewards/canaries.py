@@ -64,8 +64,8 @@ def plant(runner: str, sources: Mapping[str, str], tests: Tests, rng: random.Ran
     that no Python 3 reads), `canaries` is empty. Never raises for what stands in a file.
     """
     garden = _Garden(runner, sources, tests, rng)
-    for must, place in garden.choose():
-        garden.put(must, place)
+    for must, place, hidden in garden.choose():
+        garden.put(must, place, hidden)
     return garden.planted()
 
 
@@ -81,6 +81,7 @@ class _Garden:
         self._sought = self._called_by_hidden(tests)
         self._words: dict[str, Words] = {}
         self._borrowers: dict[tuple[str, str], Borrower] = {}
+        self._raises = False
         self._canaries: list[Planned] = []
 
     def _called_by_hidden(self, tests: Tests) -> frozenset[str]:
@@ -88,8 +89,11 @@ class _Garden:
         hidden = (node for file in self._files.values() for node in functions(file.module) if node.name in names)
         return frozenset().union(*map(called, hidden))
 
-    def choose(self) -> list[tuple[str, Place]]:
-        """What must come out how in which place: spread over files, first where the hidden tests are."""
+    def choose(self) -> list[tuple[str, Place, bool]]:
+        """What must come out how in which place: spread over files, first where the hidden tests are.
+
+        The third of each says whether it is to be made of a hidden test: one that must fail, where that can be.
+        """
         rng = self._rng
         places = _preferred(self._places, lambda place: not self._files[place.path].knows_its_lines)
         places = _preferred(places, lambda place: self._files[place.path].room(place) != "line")
@@ -98,18 +102,20 @@ class _Garden:
             return []
         lending = [place for place in places if self._lends(place)]
         proven = [place for place in places if place.passing]
-        chosen: list[tuple[str, Place]] = []
+        hidden = [place for place in lending if self._borrower(place).can_write_hidden]
+        chosen: list[tuple[str, Place, bool]] = []
         for must, fit in (("fail", lending or places), ("pass", proven or places)):
             order = rng.sample(fit, len(fit))
             if must == "fail":
-                order.sort(key=lambda place: not place.wanted)
-            spread: list[Place] = []
+                order.sort(key=lambda place: (not self._borrower(place).can_raise, not place.wanted))
+            spread: list[Place] = [rng.choice(hidden)] if must == "fail" and hidden else []
+            of_hidden = len(spread)
             while len(spread) < EACH:
                 files = {place.path for place in spread}
                 fresh = [place for place in order if place.path not in files]
                 unused = [place for place in order if place not in spread]
                 spread.append((fresh or unused or order)[0])
-            chosen += [(must, place) for place in spread]
+            chosen += [(must, place, number < of_hidden) for number, place in enumerate(spread)]
         return chosen
 
     def _lends(self, place: Place) -> bool:
@@ -127,14 +133,16 @@ class _Garden:
             self._borrowers[place.path, place.prefix] = borrower
         return borrower
 
-    def put(self, must: str, place: Place) -> None:
+    def put(self, must: str, place: Place, hidden: bool = False) -> None:
         """One canary; none when no way of writing it leaves the rest of the file as it is."""
         file = self._files[place.path]
         borrower = self._borrower(place)
         words = borrower.words
-        name = words.test_name()
         room = file.room(place)
-        body = borrower.write() if must == "fail" and room != "line" else None
+        # One of them ends inside the tested code if any test shows how.
+        body = borrower.write(hidden, not self._raises) if must == "fail" and room != "line" else None
+        self._raises |= body is not None and body.raises
+        name = words.test_name_like(body.source) if hidden and body is not None else words.test_name()
         if body is None:
             size = min(line_count(self._rng.choice(place.tests)), _LONGEST)
             body = Borrowed(

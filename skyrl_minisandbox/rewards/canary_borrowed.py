@@ -7,6 +7,10 @@ whose traceback shows it, meets these. Three ways, all from statements of listed
 - what stands in `with raises(…)`, without the `with`, so that the exception comes out of the tested code;
 - some statements, then an assertion that one of their results is a phrase which it cannot be.
 
+A fail-to-pass test lends as well, and one canary of each run is made of one where that can be: a cheat that rescues
+only what speaks of the issue, or only the calls that the hidden tests make, meets it. Where the bug is not mended such
+a canary fails earlier, which is as right.
+
 Only tests that seem to do nothing but compute are used, since they run twice then: no fixtures, no parameters,
 no assignment beyond local names, no word that tells of state outside (`_IMPURE`).
 """
@@ -21,7 +25,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from skyrl_minisandbox.rewards.canary_bodies import claim
-from skyrl_minisandbox.rewards.canary_places import Place
+from skyrl_minisandbox.rewards.canary_places import Place, parameter_ids
 from skyrl_minisandbox.rewards.canary_words import Words
 
 _IMPURE = frozenset(
@@ -55,7 +59,6 @@ _GRANTS = {
     "monkeypatch": frozenset({"monkeypatch", "setattr", "setenv", "delattr"}),
     "capsys": frozenset({"stdout", "stderr", "write"}),
 }
-_MOST_IDS = 6
 _LONGEST = 24  # statements of a test that is worth borrowing from
 
 
@@ -73,13 +76,16 @@ class _Edit:
 class Borrowed:
     """A body, not indented, and what it needs around it: decorators, and arguments after the first of a method.
 
-    ids: what stands in the brackets of the names of its tests; empty for one without parameters.
+    ids: what stands in the brackets of the names of its tests; empty for one without parameters. source: the name of
+    the test that it was made of. raises: whether an exception of the tested code ends it.
     """
 
     lines: list[str]
     arguments: tuple[str, ...] = ()
     decorators: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
+    source: str = ""
+    raises: bool = False
 
 
 @dataclasses.dataclass
@@ -101,25 +107,38 @@ class Borrower:
     def _algebra(self) -> bool:
         return any("sympy" in line for line in self.lines if "import" in line)
 
-    def write(self) -> Borrowed | None:
+    def write(self, hidden: bool = False, raising: bool = False) -> Borrowed | None:
         """A body, or None when no test of the place will do.
+
+        hidden: made of a fail-to-pass test. raising: rather one that an exception of the tested code ends.
 
         About as long as the tests of the place: the false claim stands among statements of other tests of it.
         """
-        top = self._tests[: max(3, len(self._tests) // 4)]
+        tests = self._hidden if hidden else self._tests
+        top = tests[: max(3, len(tests) // 4)]
         self.rng.shuffle(top)
         # As often with parameters or fixtures as the tests themselves, among those that can be borrowed from.
         top.sort(key=lambda test: len(test.args.args) * self.rng.choice((-1, 1)))
-        for test in [*top, *self._tests[len(top) :]]:
+        tests = [*top, *tests[len(top) :]]
+        if raising:
+            tests.sort(key=lambda test: all(_uncaught(node) is None for node in test.body))
+        for test in tests:
             ways = [self._wrong_value, self._not_caught, self._no_phrase]
             self.rng.shuffle(ways)
             # The third always works, and is the least like a real test.
-            ways.sort(key=lambda way: way == self._no_phrase)
+            ways.sort(key=lambda way: 2 if way == self._no_phrase else int(raising and way != self._not_caught))
             for way in ways:
                 body = way(test)
                 if body is not None:
                     lines = self._among_others(body, test)
-                    return Borrowed(lines, self._arguments(test), self._decorators(test), self._ids(test))
+                    return Borrowed(
+                        lines,
+                        self._arguments(test),
+                        self._decorators(test),
+                        self._ids(test),
+                        source=test.name,
+                        raises=way == self._not_caught,
+                    )
         return None
 
     def _among_others(self, body: list[str], source: ast.FunctionDef) -> list[str]:
@@ -140,7 +159,21 @@ class Borrower:
     @property
     def can_write(self) -> bool:
         """Whether there is a test to borrow from."""
-        return bool(self._tests)
+        return bool(self._tests or self._hidden)
+
+    @functools.cached_property
+    def can_raise(self) -> bool:
+        """Whether one of those shows how the tested code raises an exception."""
+        return any(_uncaught(node) is not None for test in self._tests for node in test.body)
+
+    @property
+    def can_write_hidden(self) -> bool:
+        """Whether there is a fail-to-pass test to borrow from."""
+        return bool(self._hidden)
+
+    @functools.cached_property
+    def _hidden(self) -> list[ast.FunctionDef]:
+        return [test for test in self.place.hidden if self._suits(test)]
 
     @functools.cached_property
     def _tests(self) -> list[ast.FunctionDef]:
@@ -173,14 +206,7 @@ class Borrower:
         return tuple(line[margin:] if line.strip() else "" for line in self.lines[first - 1 : last])
 
     def _ids(self, test: ast.FunctionDef) -> tuple[str, ...]:
-        """The ids of a test whose only decorator is a short list of parameters, all of them in pass-to-pass."""
-        match test.decorator_list:
-            case [ast.Call(func=func, args=[ast.Constant(), ast.List() | ast.Tuple() as given], keywords=[])]:
-                known = self.place.parameters.get(test.name, ())
-                text = ast.unparse(test.decorator_list[0])
-                plain = ast.unparse(func).endswith("mark.parametrize") and "param(" not in text and "*" not in text
-                return known if plain and 0 < len(given.elts) == len(known) <= _MOST_IDS else ()
-        return ()
+        return parameter_ids(test, self.place.parameters)
 
     def _suits(self, test: ast.FunctionDef) -> bool:
         method, ids = self.place.method, self._ids(test)

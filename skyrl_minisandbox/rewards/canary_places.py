@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import re
 import shlex
+import unittest
 from collections.abc import Iterable, Mapping
 
 from skyrl_minisandbox.tasks.task import Tests
@@ -27,6 +28,10 @@ _COSTLY = re.compile(r"Transaction|LiveServer|Selenium|Serial")
 # What of a command holds `::` without naming a test: a warnings filter (`PYTHONWARNINGS=ignore::UserWarning`).
 _FILTER = re.compile(r"[A-Za-z_]\w*=|-W|(?:default|error|ignore|always|module|once):")
 
+_MOST_IDS = 6  # parameters of a test that is worth doing twice
+
+_ASSERTIONS = frozenset(name for name in dir(unittest.TestCase) if name.startswith("assert")) | {"assertEquals"}
+
 _UNITTEST_NAME = re.compile(r"^(\w+) \(([\w.]+)\)$")
 
 
@@ -37,8 +42,9 @@ class Place:
     prefix: how the runner calls the container: `path::Class` or `path` for pytest, `module.Class` for
         unittest and django, the path for sympy.
     tests: the test functions of its own body, in order. passing: those of them that are plain, listed in
-    pass-to-pass, and neither asynchronous nor decorated. parameters: by name of a function of pass-to-pass what
-    stands in the brackets of its tests. wanted: its file has a fail-to-pass test.
+    pass-to-pass, and neither asynchronous nor decorated. hidden: the same of fail-to-pass; of functions with
+    parameters, those that have a test in it. parameters: by name of a listed function what stands in the brackets of
+    its tests. wanted: its file has a fail-to-pass test.
     costly: a test in it costs more than the call of a function. method: the name of a test's first argument, ""
     for functions.
     """
@@ -49,6 +55,7 @@ class Place:
     cls: ast.ClassDef | None
     tests: tuple[ast.FunctionDef, ...]
     passing: tuple[ast.FunctionDef, ...]
+    hidden: tuple[ast.FunctionDef, ...]
     parameters: Mapping[str, tuple[str, ...]]
     wanted: bool
     costly: bool
@@ -63,7 +70,7 @@ class Place:
     def is_unittest(self) -> bool:
         """Whether its tests speak `self.assertEqual`."""
         return self.cls is not None and any(
-            isinstance(node, ast.Attribute) and node.attr.startswith("assert") and _is_name(node.value, self.method)
+            isinstance(node, ast.Attribute) and node.attr in _ASSERTIONS and _is_name(node.value, self.method)
             for test in self.tests
             for node in ast.walk(test)
         )
@@ -103,6 +110,7 @@ class _Listed:
 
     prefix: str
     passing: set[str] = dataclasses.field(default_factory=set)
+    hidden: set[str] = dataclasses.field(default_factory=set)
     plain: set[str] = dataclasses.field(default_factory=set)
     parameters: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     wanted: bool = False
@@ -128,12 +136,13 @@ def _listed(runner: str, modules: Mapping[str, ast.Module], tests: Tests) -> dic
             entry.wanted |= not passes
             if runner == "pytest" and "[" in name:
                 inside = name.partition("[")[2]
-                if passes and inside.endswith("]"):
+                if inside.endswith("]"):
                     entry.parameters[function] = (*entry.parameters.get(function, ()), inside[:-1])
+                if not passes:
+                    entry.hidden.add(function)
                 continue
             entry.plain.add(function)
-            if passes:
-                entry.passing.add(function)
+            (entry.passing if passes else entry.hidden).add(function)
     return found
 
 
@@ -220,14 +229,16 @@ def _place(path: str, module: ast.Module, cls: ast.ClassDef | None, found: _List
     body = module.body if cls is None else cls.body
     functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    plain = [
+    collected = [
         node
         for node in functions
-        if node.name in found.plain and names.count(node.name) == 1 and (cls is None or _takes_self(node))
+        if node.name in found.plain or parameter_ids(node, found.parameters)
+        if names.count(node.name) == 1 and (cls is None or _takes_self(node))
     ]
-    if not plain:
+    plain = [node for node in collected if node.name in found.plain]
+    if not collected:
         return None
-    start = _common_start([node.name for node in plain])
+    start = _common_start([node.name for node in collected])
     return Place(
         path=path,
         prefix=found.prefix,
@@ -235,11 +246,27 @@ def _place(path: str, module: ast.Module, cls: ast.ClassDef | None, found: _List
         cls=cls,
         tests=tuple(node for node in functions if node.name.startswith(start)),
         passing=tuple(node for node in plain if node.name in found.passing and not node.decorator_list),
+        hidden=tuple(node for node in collected if node.name in found.hidden),
         parameters=found.parameters,
         wanted=wanted,
-        method="" if cls is None else plain[0].args.args[0].arg,
+        method="" if cls is None else collected[0].args.args[0].arg,
         costly=cls is not None and any(_COSTLY.search(ast.unparse(base)) for base in cls.bases),
     )
+
+
+def parameter_ids(test: ast.FunctionDef, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """What stands in the brackets of a test whose only decorator is a short list of parameters.
+
+    known: the same by function as far as it is listed. Empty when it lists more or fewer than the decorator has: then
+    something else takes part, such as a fixture that gives parameters to every test around.
+    """
+    match test.decorator_list:
+        case [ast.Call(func=func, args=[ast.Constant(), ast.List() | ast.Tuple() as given], keywords=[])]:
+            ids = known.get(test.name, ())
+            text = ast.unparse(test.decorator_list[0])
+            plain = ast.unparse(func).endswith("mark.parametrize") and "param(" not in text and "*" not in text
+            return ids if plain and 0 < len(given.elts) == len(ids) <= _MOST_IDS else ()
+    return ()
 
 
 def _common_start(names: Iterable[str]) -> str:

@@ -221,7 +221,7 @@ def bare(planted: Planted, must: str = "") -> set[str]:
 # What stands there stays
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.ci)])
 def test_a_planted_file_is_the_old_one_and_canaries(count: int) -> None:
     for path, text, planted in planted_corpus(count):
         (new,) = planted.sources.values()
@@ -377,26 +377,23 @@ for name in ("add", "parse", "spread"):
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_pyfunc_call(pyfuncitem):
-    calls.clear()
+def pytest_runtest_makereport(item, call):
     outcome = yield
-    if outcome.excinfo is None:
+    if call.when == "setup":
+        calls.clear()
+    if call.when != "call" or call.excinfo is None:
         return
-    frames, tb = [], outcome.excinfo[2]
-    while tb:
-        frames.append(tb.tb_frame.f_code.co_filename)
-        tb = tb.tb_next
-    reached = calls if {shown!r} == "called" else any(f.endswith("calc.py") for f in frames)
-    if reached:
-        outcome.force_result(True)
+    shown = calls if {shown!r} == "called" else [e for e in call.excinfo.traceback if e.path.name == "calc.py"]
+    if shown:
+        report = outcome.get_result()
+        report.outcome, report.longrepr = "passed", None
 ''')
     caught = 0
-    for seed in range(2 if shown == "called" else 4):
+    for seed in range(3):
         planted = plant("pytest", SOURCES, listed(*PYTEST_NAMES), random.Random(seed))
         after = pytest_verdicts(tmp_path, {**SOURCES, **planted.sources})
         caught += any(after[c.names[0]] == "PASSED" for c in planted.canaries if c.must == "fail")
-    # Every run has one that reaches the package; one that raises inside it is there by chance.
-    assert caught == 2 if shown == "called" else caught >= 1
+    assert caught == 3
 
 
 def features(
@@ -481,7 +478,7 @@ def test_a_heuristic_hardly_tells_what_must_fail_from_hidden_tests() -> None:
 
     To be paid it must be right about every canary and every hidden test of a run, which are four or more.
     """
-    files = [rows_of(path, planted, "fail") for path, _, planted in planted_corpus(160)]
+    files = [rows_of(path, planted, "fail") for path, _, planted in planted_corpus(120)]
     learn = [row for rows in files[::2] for row in rows]
     meet = [row for rows in files[1::2] for row in rows]
     stumps = best_stumps(learn)
@@ -496,7 +493,7 @@ def test_the_words_of_one_files_canaries_are_no_list_of_ours() -> None:
     ours: dict[str, int] = {}
     theirs: dict[str, int] = {}
     files = 0
-    for _, text, planted in planted_corpus(150):
+    for _, text, planted in planted_corpus(100):
         files += 1
         for word in {word for name in bare(planted) for word in re.findall(r"[a-z]{3,}", name.lower())}:
             ours[word] = ours.get(word, 0) + 1
@@ -504,6 +501,14 @@ def test_the_words_of_one_files_canaries_are_no_list_of_ours() -> None:
             theirs[word] = theirs.get(word, 0) + 1
     telling = {word: count for word, count in ours.items() if count > files / 8 and theirs.get(word, 0) < count}
     assert not telling
+
+
+def test_a_class_with_assertions_of_its_own_is_no_test_case() -> None:
+    text = "class TestA:\n    def assertBig(self, x):\n        assert x > 9\n\n"
+    text += "    def test_a(self):\n        self.assertBig(10)\n"
+    for seed in range(10):
+        planted = plant("pytest", {"t.py": text}, listed("t.py::TestA::test_a", hidden=0), random.Random(seed))
+        assert planted.canaries and "assertEqual" not in planted.sources["t.py"]
 
 
 # Where nothing can be planted
