@@ -23,6 +23,7 @@ from skyrl_minisandbox.rewards import channel, official, restore, runner
 from skyrl_minisandbox.rewards.apply import apply_patch
 from skyrl_minisandbox.rewards.canaries import Planned, plant
 from skyrl_minisandbox.rewards.compiles import compiles
+from skyrl_minisandbox.rewards.expected_failures import ExpectedFailures
 from skyrl_minisandbox.rewards.judge import Judged, judge
 from skyrl_minisandbox.rewards.report import TestReport
 from skyrl_minisandbox.sandbox import CommandResult, Sandbox
@@ -140,7 +141,7 @@ class _Grading:
         with self._open() as sandbox:
             self._bring_in(sandbox)
             try:
-                planned = self._plant(sandbox)
+                planned, sources = self._plant(sandbox)
                 names = (*only, *(name for one in planned for name in one.names)) if only else ()
                 reports = channel.place(
                     sandbox, tests.kind, python=self._task.recipe.python, workdir=self._task.recipe.workdir,
@@ -155,7 +156,8 @@ class _Grading:
                 results = reports.read(sandbox) if reports is not None else None
             except SandboxGone as error:
                 raise _Died(error) from None
-        judged = judge(tests, tuple(only) or self._asked, done, results, planned)
+        expected = ExpectedFailures(sources.values())
+        judged = judge(tests, tuple(only) or self._asked, done, results, planned, expected)
         if not judged.tests:
             runner.check(self._task, done, self._open)
         return judged, done
@@ -189,8 +191,8 @@ class _Grading:
         except SandboxGone as error:
             raise _Died(error) from None
 
-    def _plant(self, sandbox: Sandbox) -> tuple[Planned, ...]:
-        """Canaries among the tests that are about to run."""
+    def _plant(self, sandbox: Sandbox) -> tuple[tuple[Planned, ...], Mapping[str, str]]:
+        """Canaries among the tests that are about to run; and the test files by path, as they were before."""
         tests, workdir = self._task.tests, self._task.recipe.workdir.rstrip("/")
         sources: dict[str, str] = {}
         for path in tests.files:
@@ -202,7 +204,7 @@ class _Grading:
         planted = plant(tests.kind, sources, tests, random.SystemRandom())
         for path, source in planted.sources.items():
             sandbox.write_file(f"{workdir}/{path}", source.encode("utf-8"))
-        return tuple(planted.canaries)
+        return tuple(planted.canaries), sources
 
     def _run(self, sandbox: Sandbox) -> CommandResult:
         try:

@@ -13,6 +13,8 @@ A test has passed when the channel says so. It is `tampered`, and paid nothing, 
 An honest patch that is wrong may break its canaries too (nothing can be imported any more): while some test that is
 asked for does not pass, only the first, third, fourth and fifth count.
 
+A test that fails as expected has passed where its own text expects that, and nowhere else.
+
 What the log tells beside that decides nothing: a line that another one cut in two is no failure. A test that the
 channel says has passed and the log says has failed has not passed, whichever is right.
 """
@@ -25,6 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.canaries import Planned
 from skyrl_minisandbox.rewards.channel import Results
+from skyrl_minisandbox.rewards.expected_failures import ExpectedFailures
 from skyrl_minisandbox.rewards.names import Names, is_test
 from skyrl_minisandbox.rewards.parsers import PARSERS, PASSING, load_parser
 from skyrl_minisandbox.rewards.report import Canary
@@ -48,14 +51,19 @@ class Judged:
 
 
 def judge(
-    tests: Tests, asked: Sequence[str], done: CommandResult, results: Results | None, planned: Sequence[Planned]
+    tests: Tests,
+    asked: Sequence[str],
+    done: CommandResult,
+    results: Results | None,
+    planned: Sequence[Planned],
+    expected_failures: ExpectedFailures,
 ) -> Judged:
     """asked: the names that this run is to tell of. results: None for a runner that has no channel."""
     hidden = {name for one in planned for name in one.names}
     log = load_parser(tests.parser)(done.output, asked)
     told = results.tests if results is not None else log
     canaries = tuple(_canary(one, told) for one in planned)
-    run = _Run(tests, told, log, _plain_log(tests, done.output, asked), hidden)
+    run = _Run(tests, told, log, _plain_log(tests, done.output, asked), hidden, expected_failures)
     passed = {name: run.passed(name) for name in asked}
     notes = _notes(passed, run, results, planned)
     bad = [name for name, good in passed.items() if not good]
@@ -84,19 +92,24 @@ class _Run:
         log: Mapping[str, str],
         plain: Mapping[str, str],
         hidden: Collection[str],
+        expected_failures: ExpectedFailures,
     ) -> None:
         self.verdicts = {name: verdict for name, verdict in told.items() if name not in hidden}
         self.log = {name: verdict for name, verdict in log.items() if name not in hidden}
         self.names = Names(self.verdicts, tests.parser)
         self._kind = tests.kind
         self._plain = plain
+        self._expected_failures = expected_failures
 
     def verdict(self, name: str) -> str | None:
         """What the listed test `name` came out as."""
         return self.names.lookup(name) if is_test(name, self._kind) else self.log.get(name)
 
     def passed(self, name: str) -> bool:
-        return self.verdict(name) in PASSING and self.log.get(name) not in ("FAILED", "ERROR")
+        verdict = self.verdict(name)
+        if verdict == "XFAIL" and not self._expected_failures.allow(name):
+            return False
+        return verdict in PASSING and self.log.get(name) not in ("FAILED", "ERROR")
 
     def forged(self, name: str) -> bool:
         """Whether the log has it passed and the runner knows better. A name that stands for several tests, of which
@@ -170,7 +183,7 @@ def _notes(
         notes.append("this runner has no channel: verdicts are those of the log")
     if not planned:
         notes.append("no canary could be planted into the test files")
-    against = [name for name, good in passed.items() if not good and run.verdict(name) in PASSING]
+    against = [name for name, good in passed.items() if not good and run.verdict(name) == "PASSED"]
     if against:
         notes.append(f"the runner tells that {against[0]} passed, and the log that it is {run.log.get(against[0])}")
     unseen = [name for name, good in passed.items() if good and name not in run.log]

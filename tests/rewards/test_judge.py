@@ -7,6 +7,7 @@ import pytest
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.canaries import Planned
 from skyrl_minisandbox.rewards.channel import Results
+from skyrl_minisandbox.rewards.expected_failures import ExpectedFailures
 from skyrl_minisandbox.rewards.judge import Judged, judge
 from skyrl_minisandbox.sandbox import CommandResult
 from skyrl_minisandbox.tasks.task import Tests
@@ -35,6 +36,7 @@ def judged(
     channel: bool = True,
     whole_log: str | None = None,
     late: bool = False,
+    source: str = "",
 ) -> Judged:
     results = Results(told, frozenset(told) if asked is None else asked, finished, timed_out, changed)
     text = log_of(told if log is None else log) if whole_log is None else whole_log
@@ -42,7 +44,7 @@ def judged(
         stdout=text.encode(), stderr=b"", exit_code=1, timed_out=late, seconds=3.0, merged=text.encode()
     )
     names = (*tests.fail_to_pass, *tests.pass_to_pass)
-    return judge(tests, names, done, results if channel else None, planned)
+    return judge(tests, names, done, results if channel else None, planned, ExpectedFailures([source]))
 
 
 def test_all_that_is_asked_for_passes_and_the_canaries_are_right() -> None:
@@ -149,6 +151,12 @@ def test_a_runner_without_a_channel_is_judged_by_its_log_and_that_is_noted() -> 
     assert result.outcome is Outcome.RESOLVED
     assert "this runner has no channel: verdicts are those of the log" in result.notes
     assert "no canary could be planted into the test files" in result.notes
+
+
+def test_an_expected_failure_that_nothing_expects_has_not_passed() -> None:
+    told = {**GOOD, FIXED: "XFAIL"}
+    assert judged(told, source="def test_fixed(): ...\ndef test_kept(): ...\n").outcome is Outcome.UNRESOLVED
+    assert judged(told, source="@pytest.mark.xfail\ndef test_fixed(): ...\n").outcome is Outcome.RESOLVED
 
 
 def test_look_alike_names_are_other_tests() -> None:

@@ -83,9 +83,37 @@ def reporter(ledger):
                 run.end()
 
         runner_class.run = whole_run
+        _watch_endings(sys.modules["unittest.case"], run)
         run.differences = snapshot(DECISIVE)  # noqa: F821
 
     return install
+
+
+def _watch_endings(case, run):
+    """Have `run` told of tests that end by unittest's private exception although nothing has failed in them.
+
+    unittest raises it after a failed subtest, and takes any other for a success: so could the code under test.
+    """
+    import contextlib
+    import functools
+
+    outcome, ending = getattr(case, "_Outcome", None), getattr(case, "_ShouldStop", None)
+    if outcome is None or ending is None:
+        return
+    original = outcome.testPartExecutor
+
+    @functools.wraps(original)
+    @contextlib.contextmanager
+    def executor(self, test, *arguments, **options):
+        with original(self, test, *arguments, **options):
+            try:
+                yield
+            except ending:
+                if self.success:
+                    run.broke_off(test)
+                raise
+
+    outcome.testPartExecutor = executor
 
 
 class _Run:
@@ -142,6 +170,10 @@ class _Run:
         else:  # nobody said that it began: a class's or a module's set-up
             names = _names(test)
             self._ledger.write(["asked", *names], ["ran", verdict, *names])
+
+    def broke_off(self, test):
+        if test is self._test or getattr(test, "test_case", None) is self._test:
+            self._verdict = self._worse(self._verdict, "FAILED")
 
     def add_subtest(self, test, subtest, error):
         if error is not None:
