@@ -19,7 +19,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from skyrl_minisandbox.rewards import canary_bodies
-from skyrl_minisandbox.rewards.canary_borrowed import Borrowed, Borrower, called, functions, line_count
+from skyrl_minisandbox.rewards.canary_borrowed import Borrowed, Borrower
+from skyrl_minisandbox.rewards.canary_donors import called, functions, line_count
 from skyrl_minisandbox.rewards.canary_places import Place, find_places
 from skyrl_minisandbox.rewards.canary_words import Words
 from skyrl_minisandbox.tasks.task import Tests
