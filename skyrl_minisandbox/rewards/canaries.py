@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import random
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from skyrl_minisandbox.rewards import canary_bodies
@@ -185,7 +186,9 @@ class _File:
         if any("\r" in line or "\n" in line for line in lines):
             return None
         try:
-            return cls(text, ast.parse(text), end, lines)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the file's own oddities
+                return cls(text, ast.parse(text), end, lines)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return None
 

@@ -130,9 +130,9 @@ class Words:
             pattern = self.rng.choice(self.titles) if self.titles else "test_a_b"
             start = "test_" if pattern.startswith("test_") else "test"
             old = words_of(pattern.removeprefix(start), shortest=1)
-            fewest = 2 if len(self.distinct) > 300 else 3
-            count = min(max(fewest, len(old) + self.rng.choice((-1, 0, 0, 1))), 7)
-            fresh = set(self.rng.sample(range(count), count // 2))  # words that no test name need have
+            count = min(max(2, len(old) + self.rng.choice((-1, 0, 0, 1))), 7)
+            # Words that no test name need have: a short name of the file's own few would come again.
+            fresh = set(self.rng.sample(range(count), max(2, count // 2)))
             new: list[str] = []
             for i in range(count):
                 kept = old[i] if i < len(old) and self.rng.random() < 0.35 else self._title_word()
