@@ -6,7 +6,8 @@ canary looks like the tests around it: its name is made of their words, its body
 somewhere among them, and nothing that reaches the sandbox says which tests are canaries.
 
 A line that is put into a file moves those below it. Very few tests know their own line numbers; a file that looks as
-if it had one is used only when there is no other, and then nothing is put above existing code but into blank lines.
+if it had one is used only when there is no other, and then what is put in stands at its end or on one of its blank
+lines, as long as there is one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _LONGEST = 20  # lines of a canary that borrows nothing
 
 EACH = 2
 """Canaries that must fail, and as many that must pass, in one run."""
+
+OF_HIDDEN = 4
+"""Hidden tests of which one that must fail is made, beside those: a cheat may know only some of their inputs."""
 
 # A test that looks at the place of code in its file: these words, or its own line number as a number.
 _ASKS_FOR_LINES = re.compile(
@@ -110,9 +114,12 @@ class _Garden:
             order = rng.sample(fit, len(fit))
             if must == "fail":
                 order.sort(key=lambda place: (not self._borrower(place).can_raise, not place.wanted))
-            spread: list[Place] = [rng.choice(hidden)] if must == "fail" and hidden else []
+            spread: list[Place] = []
+            if must == "fail":
+                each = [place for place in hidden for _ in self._borrower(place).donors.hidden]
+                spread = rng.sample(each, min(len(each), OF_HIDDEN))
             of_hidden = len(spread)
-            while len(spread) < EACH:
+            while len(spread) < max(EACH, of_hidden + 1):
                 files = {place.path for place in spread}
                 fresh = [place for place in order if place.path not in files]
                 unused = [place for place in order if place not in spread]
@@ -142,7 +149,8 @@ class _Garden:
         words = borrower.words
         room = file.room(place)
         # One of them ends inside the tested code if any test shows how.
-        body = borrower.write(hidden, not self._raises) if must == "fail" and room != "line" else None
+        raising = not hidden and not self._raises
+        body = borrower.write(hidden, raising) if must == "fail" and room != "line" else None
         self._raises |= body is not None and body.raises
         name = words.test_name_like(body.source) if hidden and body is not None else words.test_name()
         if body is None:
