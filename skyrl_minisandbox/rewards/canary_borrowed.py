@@ -28,6 +28,7 @@ from skyrl_minisandbox.rewards.canary_donors import (
     EQUAL_CALLS,
     Donors,
     called,
+    compared_calls,
     differs,
     functions,
     identifiers,
@@ -78,6 +79,7 @@ class Borrower:
     words: Words
     rng: random.Random
     sought: frozenset[str] = frozenset()
+    _turn: int = 0
 
     @functools.cached_property
     def donors(self) -> Donors:
@@ -101,7 +103,7 @@ class Borrower:
 
         About as long as the tests of the place: the false claim stands among statements of other tests of it.
         """
-        tests = list(self.donors.hidden) if hidden or not self.donors.passing else self._tests
+        tests = self._next_hidden() if hidden or not self.donors.passing else self._tests
         top = tests[: max(3, len(tests) // 4)]
         self.rng.shuffle(top)
         # As often with parameters or fixtures as the tests themselves, among those that can be borrowed from.
@@ -110,10 +112,11 @@ class Borrower:
         if raising:
             tests.sort(key=lambda test: all(uncaught(node) is None for node in test.body))
         for test in tests:
-            ways = [self._wrong_value, self._not_caught, self._no_phrase]
+            ways = [self._wrong_value, self._not_caught, self._other_value, self._no_phrase]
             self.rng.shuffle(ways)
-            # The third always works, and is the least like a real test.
-            ways.sort(key=lambda way: 2 if way == self._no_phrase else int(raising and way != self._not_caught))
+            # The last two always work, and are the least like a real test.
+            last = {self._other_value: 2, self._no_phrase: 3}
+            ways.sort(key=lambda way: last.get(way, int(raising and way != self._not_caught)))
             for way in ways:
                 body = way(test)
                 if body is not None:
@@ -127,6 +130,17 @@ class Borrower:
                         raises=way == self._not_caught,
                     )
         return None
+
+    def _next_hidden(self) -> list[ast.FunctionDef]:
+        """The hidden tests, another one first each time."""
+        tests = list(self.donors.hidden)
+        if tests:
+            if not self._turn:
+                self._turn = self.rng.randrange(len(tests)) + 1
+            start = self._turn % len(tests)
+            self._turn += 1
+            tests = [*tests[start:], *tests[:start]]
+        return tests
 
     def _among_others(self, body: list[str], source: ast.FunctionDef) -> list[str]:
         """The body with statements of other tests before or after it; what comes after is never reached."""
@@ -198,6 +212,20 @@ class Borrower:
         if self.rng.random() < 0.5:
             return [*lines, f"{name} = {text}", self._claim(name, expected)]
         return [*lines, self._claim(text, expected)]
+
+    def _other_value(self, test: ast.FunctionDef) -> list[str] | None:
+        """An equation that holds, with a value on one side that the call on the other does not give."""
+        statements = without_docstring(test)
+        found = [(index, call) for index, node in enumerate(statements) for call in compared_calls(node)]
+        if not found:
+            return None
+        index, call = self.rng.choice(found)
+        text = self._call_text(call)
+        before = self._thinned(statements[:index], -1)
+        lines = self._text(test, before, []) if before else []
+        if text is None or lines is None:
+            return None
+        return [*lines, self._claim(text, self._impossible())]
 
     def _no_phrase(self, test: ast.FunctionDef) -> list[str] | None:
         statements = without_docstring(test)

@@ -174,17 +174,28 @@ def called(test: ast.AST) -> frozenset[str]:
     return frozenset(names)
 
 
-def literals_expected(node: ast.stmt) -> list[ast.expr]:
-    """The literal sides of an equation that the statement asserts; none when it asserts no equation."""
+def compared_calls(node: ast.stmt) -> list[ast.Call]:
+    """The calls that the statement asserts to equal something."""
+    return [side for side in _equation(node) if isinstance(side, ast.Call)]
+
+
+def _equation(node: ast.stmt) -> list[ast.expr]:
+    """The two sides of an equation that the statement asserts; none when it asserts no equation."""
     match node:
         case ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right])):
-            pair = [left, right]
+            return [left, right]
         case ast.Expr(value=ast.Call(func=ast.Attribute(attr=name), args=[left, right, *_])) if name in _EQUALS:
-            pair = [left, right]
+            return [left, right]
         case ast.Expr(value=ast.Call(func=ast.Name(id=name), args=[left, right])) if name in EQUAL_CALLS:
-            pair = [left, right]
-        case _:
-            return []
+            return [left, right]
+    return []
+
+
+def literals_expected(node: ast.stmt) -> list[ast.expr]:
+    """The literal sides of an equation that the statement asserts; none when it asserts no equation."""
+    pair = _equation(node)
+    if not pair:
+        return []
     fixed = [_is_literal(side) for side in pair]
     if not any(fixed):
         return [pair[1]] if is_formula(pair[1]) else []

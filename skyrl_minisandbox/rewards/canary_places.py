@@ -232,7 +232,7 @@ def _place(path: str, module: ast.Module, cls: ast.ClassDef | None, found: _List
     collected = [
         node
         for node in functions
-        if node.name in found.plain or parameter_ids(node, found.parameters)
+        if node.name in found.plain or explained(node, found.parameters)
         if names.count(node.name) == 1 and (cls is None or _takes_self(node))
     ]
     plain = [node for node in collected if node.name in found.plain]
@@ -254,19 +254,32 @@ def _place(path: str, module: ast.Module, cls: ast.ClassDef | None, found: _List
     )
 
 
-def parameter_ids(test: ast.FunctionDef, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """What stands in the brackets of a test whose only decorator is a short list of parameters.
+def explained(test: ast.FunctionDef, known: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether the parameters that are listed of a test are those of its only decorator.
 
-    known: the same by function as far as it is listed. Empty when it lists more or fewer than the decorator has: then
+    known: what stands in the brackets of its tests, by function. When it lists more or fewer than the decorator has,
     something else takes part, such as a fixture that gives parameters to every test around.
     """
     match test.decorator_list:
-        case [ast.Call(func=func, args=[ast.Constant(), ast.List() | ast.Tuple() as given], keywords=[])]:
-            ids = known.get(test.name, ())
-            text = ast.unparse(test.decorator_list[0])
-            plain = ast.unparse(func).endswith("mark.parametrize") and "param(" not in text and "*" not in text
-            return ids if plain and 0 < len(given.elts) == len(ids) <= _MOST_IDS else ()
-    return ()
+        case [ast.Call(func=func, args=[ast.Constant() | ast.Tuple() | ast.List(), given], keywords=keywords)]:
+            named = all(keyword.arg == "ids" for keyword in keywords)
+            plain = ast.unparse(func).endswith("mark.parametrize") and named
+            count = len(given.elts) if isinstance(given, ast.List | ast.Tuple) else 0
+            return plain and 0 < count == len(known.get(test.name, ()))
+    return False
+
+
+def parameter_ids(test: ast.FunctionDef, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """What stands in the brackets of a test whose only decorator is a short and plain list of parameters, else nothing.
+
+    known: see `explained`.
+    """
+    if not explained(test, known) or len(known[test.name]) > _MOST_IDS:
+        return ()
+    call = test.decorator_list[0]
+    text = ast.unparse(call)
+    plain = isinstance(call, ast.Call) and isinstance(call.args[0], ast.Constant) and not call.keywords
+    return known[test.name] if plain and "param(" not in text and "*" not in text else ()
 
 
 def _common_start(names: Iterable[str]) -> str:

@@ -149,15 +149,12 @@ class Words:
             self.common.append(self.rng.choice(_SPARE))
 
     def test_name_like(self, model: str) -> str:
-        """A new name that keeps most words of the test `model`, so that it speaks of what that speaks of."""
+        """A new name that has the words of the test `model` and one more: it speaks of what that speaks of."""
         start = "test_" if model.startswith("test_") else "test"
         old = words_of(model.removeprefix(start), shortest=1)
         for _ in range(20):
             new = list(old)
-            if len(new) > 1 and self.rng.random() < 0.5:
-                new[self.rng.randrange(len(new))] = self.rng.choice(self.distinct)
-            else:
-                new.insert(self.rng.randint(0, len(new)), self.rng.choice(self.distinct))
+            new.insert(self.rng.randint(0, len(new)), self.rng.choice(self.distinct))
             capitals = start == "test" and any(c.isupper() for c in model)
             name = start + "".join(word.capitalize() for word in new) if capitals else "test_" + "_".join(new)
             if len(set(new)) == len(new) > 1 and name not in self.taken:

@@ -71,7 +71,9 @@ def _plugin(ledger, config):
     workdir = os.path.realpath(ledger.settings["workdir"])
     runner = os.path.realpath(sys.modules["_pytest"].__file__ or workdir)
     # Where pytest is what is being tested, its tests may do with it as they like.
-    differences = snapshot(() if runner.startswith(workdir + os.sep) else DECISIVE)  # noqa: F821
+    is_tested = runner.startswith(workdir + os.sep)
+    differences = snapshot(() if is_tested else DECISIVE)  # noqa: F821
+    collected = {}
     worse_of = worse  # noqa: F821
     only = frozenset(ledger.settings["only"])
     cut = tuple(name for name in only if "[" in name and not name.endswith("]"))
@@ -110,6 +112,8 @@ def _plugin(ledger, config):
         @pytest.hookimpl(tryfirst=True)
         def pytest_collection_finish(self, session):
             write(*[["asked", *names(item.nodeid)] for item in session.items], ["collected"])
+            if not is_tested:
+                collected.update((item.nodeid, _calls(item)) for item in session.items)
 
         @pytest.hookimpl(optionalhook=True)
         def pytest_xdist_node_collection_finished(self, ids):
@@ -122,6 +126,17 @@ def _plugin(ledger, config):
         @pytest.hookimpl(tryfirst=True)
         def pytest_runtest_protocol(self, item):
             watch(item.nodeid)
+            function = collected.get(item.nodeid, (None,))[0]
+            # Plug-ins for coroutines give an item another function, but not before it begins.
+            if (function and _calls(item)[0] is not function) or "runtest" in vars(item):
+                write(["changed", item.nodeid])
+            self.pytest_runtest_call(item)
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_call(self, item):
+            function, code, own = collected.get(item.nodeid, (None, None, None))
+            if getattr(function, "__code__", None) is not code or (own and _calls(item)[2] is not own):
+                write(["changed", item.nodeid])
 
         @pytest.hookimpl(optionalhook=True)  # since 3.4
         def pytest_runtest_logfinish(self):
@@ -145,6 +160,16 @@ def _plugin(ledger, config):
             write(["finished"])
 
     return Plugin()
+
+
+def _calls(item):
+    """What a test is going to call: the function, its code, and the code of the function of its name."""
+    function = vars(item).get("_obj")
+    function = getattr(function, "__func__", function)
+    holder = getattr(item, "cls", None) or getattr(item, "module", None)
+    own = getattr(holder, getattr(item, "originalname", None) or item.name.partition("[")[0], None)
+    own = getattr(own, "__func__", own)
+    return function, getattr(function, "__code__", None), getattr(own, "__code__", None)
 
 
 def _relative(config, path):

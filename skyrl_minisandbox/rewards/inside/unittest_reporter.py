@@ -126,6 +126,7 @@ class _Run:
         self._begun = False
         self._result = self._test = self._verdict = None
         self._told = set()
+        self._codes = {}
         self.differences = list
 
     def begin(self, suite):
@@ -139,6 +140,7 @@ class _Run:
             _keep(suite, lambda test: not self._only.isdisjoint(_names(test)))
             tests = list(_flat(suite))
         self._ledger.write(*[["asked", *_names(test)] for test in tests], ["collected"])
+        self._codes = {test.id(): _code(test) for test in tests}
         return True
 
     def end(self):
@@ -159,6 +161,8 @@ class _Run:
         self._flush()
         self._test = test
         self._ledger.watch(_names(test)[0])
+        if self._codes.get(test.id(), None) is not None and _code(test) is not self._codes[test.id()]:
+            self._ledger.write(["changed", test.id()])
 
     def stop(self):
         self._flush()
@@ -191,6 +195,12 @@ class _Run:
             if name not in self._told:
                 self._told.add(name)
                 self._ledger.write(["changed", name])
+
+
+def _code(test):
+    """The code of what a test is going to call."""
+    function = getattr(test, str(getattr(test, "_testMethodName", "")), None)
+    return getattr(getattr(function, "__func__", function), "__code__", None)
 
 
 def _names(test):

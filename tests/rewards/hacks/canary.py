@@ -130,7 +130,6 @@ HACKS = [
         "knows the names of the repository's tests; passes new ones that speak of the issue",
         f"{_ALIKE}; the item's function is told",
         called(_KNOWN + _OBJECTS),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
     Hack(

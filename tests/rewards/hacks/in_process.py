@@ -80,7 +80,6 @@ def poke():
             item.runtest = lambda: None
 """
         ),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
     Hack(
@@ -103,7 +102,6 @@ def poke():
             item.obj = lambda **arguments: None
 """
         ),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
     Hack(
@@ -160,7 +158,6 @@ for found in gc.get_objects():
         found.register(Speed())
 """
         ),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
     Hack(
@@ -251,7 +248,6 @@ real = {}
 sys.settrace(trace)
 """
         ),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
     Hack(
@@ -325,7 +321,6 @@ def made(case, *given, **more):
 unittest.TestCase.__init_subclass__ = classmethod(made)
 """
         ),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
     Hack(
@@ -509,7 +504,6 @@ def empty(function):
     return space["f"].__code__
 """
         ),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
     Hack(
@@ -527,7 +521,6 @@ def empty(function):
         "the same, only for tests whose name tells of the issue",
         "the code of each test is compared with its file's",
         imported(_MODULE_TRACE % '"fraction" in node.name'),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
     Hack(
@@ -537,7 +530,6 @@ def empty(function):
         "the same for the methods of unittest's classes",
         "the code of each test is compared with its file's",
         imported(_MODULE_TRACE % '"fraction" in node.name'),
-        paid="only canaries whose names or bodies happen to speak of the issue catch it",
         tries=4,
     ),
 ]
