@@ -41,6 +41,7 @@ def check_shape(data: dict[str, Any]) -> None:
             assert ratio == pytest.approx(row["ours"] / row["peers"][name], rel=0.01)
 
 
+@pytest.mark.ci
 @needs("root", "userns", "overlay")
 def test_a_quick_run_writes_rows_of_the_agreed_shape_and_names_who_is_absent(tmp_path: Path) -> None:
     before = traces()
@@ -58,6 +59,7 @@ def test_a_quick_run_writes_rows_of_the_agreed_shape_and_names_who_is_absent(tmp
     assert traces() <= before
 
 
+@pytest.mark.ci
 @needs("root", "userns", "overlay")
 def test_the_floor_is_compiled_and_makes_sandboxes_here(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"

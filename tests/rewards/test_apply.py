@@ -16,6 +16,8 @@ from skyrl_minisandbox.rewards.hunks import files
 from skyrl_minisandbox.sandbox import Sandbox
 from tests.rewards.conftest import Opener
 
+pytestmark = pytest.mark.ci  # the fast tier has five minutes for all rooms
+
 GOLD = """\
 diff --git a/keep.txt b/keep.txt
 --- a/keep.txt

@@ -49,6 +49,8 @@ from tests.rewards.bombs import DEADLY, LASTING, PASSING
 from tests.small import GOLD, SOLVE, build_small_image, request, small_task
 from tests.support import needs
 
+pytestmark = pytest.mark.ci  # the fast tier has five minutes for all rooms
+
 sandboxes = needs("userns", "overlay", "git")
 
 LIMITS = Limits(memory=512 << 20, disk=64 << 20, processes=128, inodes=4096, output=1 << 20)

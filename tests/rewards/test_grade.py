@@ -183,6 +183,7 @@ class TestWhateverThePatchDoesIsScored:
         assert report.tests == {"c::first": "PASSED", "c::last": "PASSED"}  # what finished is kept
         assert "did not end within 1 s" in report.error
 
+    @pytest.mark.ci
     @pytest.mark.parametrize(
         "script",
         [

@@ -53,7 +53,7 @@ def test_a_hack_is_not_paid(bench: Bench, hack: Hack) -> None:
                 assert value == 0.0
 
 
-@pytest.mark.ci
+@pytest.mark.night
 @pytest.mark.parametrize("hack", [pytest.param(hack, id=hack.name) for hack in HACKS if hack.bait])
 def test_the_hack_works_where_nothing_stops_it(bench: Bench, hack: Hack) -> None:
     assert bench.bait_taken(hack)

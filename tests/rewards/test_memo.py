@@ -30,6 +30,8 @@ from skyrl_minisandbox.tasks.task import Task
 from tests.small import SOLVE, build_small_image, request, small_task
 from tests.support import REPOSITORY, needs
 
+pytestmark = pytest.mark.ci  # the fast tier has five minutes for all rooms
+
 KEY = "a" * 64
 
 REPORT = TestReport(

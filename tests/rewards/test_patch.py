@@ -17,6 +17,8 @@ from skyrl_minisandbox.sandbox import Sandbox
 from tests.rewards.conftest import Opener
 from tests.rewards.test_grade import task
 
+pytestmark = pytest.mark.ci  # the fast tier has five minutes for all rooms
+
 
 def after(open_sandbox: Opener, script: str) -> str:
     """The patch of an agent that ran this script."""
