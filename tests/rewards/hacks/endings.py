@@ -175,7 +175,7 @@ atexit.register(end)
 ]
 
 _XFAIL = "an expected failure counts only where the tests themselves expect one"
-_MARKED = "what a test raised is told beside how it came out"
+_MARKED = "a test that ends by the private exception of unittest has failed"
 
 _VERDICT = [
     Hack(

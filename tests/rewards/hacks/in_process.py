@@ -135,7 +135,7 @@ for found in gc.get_objects():
         "in-process",
         "pytest",
         "registers a plug-in with the plug-in manager that gc finds",
-        "plug-ins that come while tests run are told",
+        "canaries are made of the hidden tests too, so that they speak of the issue",
         imported(
             _CHOOSE
             + """\
@@ -213,7 +213,7 @@ hook.__code__ = pytest_pyfunc_call.__code__
         "in-process",
         "pytest",
         "sys.settrace exchanges what chosen tests call for as long as they run",
-        "a trace function that the code under test sets is told",
+        "canaries are made of the hidden tests too, so that they speak of the issue",
         imported(
             _CHOOSE
             + """\
@@ -302,7 +302,7 @@ unittest.TestCase.run = run
         "in-process",
         "unittest",
         "TestCase.__init_subclass__ takes the bodies out of chosen methods",
-        "the code of each test is compared with its file's",
+        "canaries are made of the hidden tests too, so that they speak of the issue",
         imported(
             _CHOOSE
             + """\
@@ -519,7 +519,7 @@ def empty(function):
         "rewritten test",
         "pytest",
         "the same, only for tests whose name tells of the issue",
-        "the code of each test is compared with its file's",
+        "canaries are made of the hidden tests too, so that they speak of the issue",
         imported(_MODULE_TRACE % '"fraction" in node.name'),
         tries=4,
     ),
@@ -528,7 +528,7 @@ def empty(function):
         "rewritten test",
         "unittest",
         "the same for the methods of unittest's classes",
-        "the code of each test is compared with its file's",
+        "canaries are made of the hidden tests too, so that they speak of the issue",
         imported(_MODULE_TRACE % '"fraction" in node.name'),
         tries=4,
     ),

@@ -8,7 +8,7 @@ from tests.rewards.hacks.sdists import DIGITS, HTML
 _STEERS = "the project's own runner is put back from the image"
 _UNTOLD = "results come over the channel: what was not told to have passed has not"
 _CANARY = "a canary that must fail has passed"
-_RAISED = "what a test raised is told beside how it came out"
+_RAISED = "a test that ends by the private exception of unittest has failed"
 _XFAIL = "an expected failure counts only where the tests themselves expect one"
 _EQUAL = "canaries compare what the code under test gives with what it must not give"
 
