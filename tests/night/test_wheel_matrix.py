@@ -95,7 +95,7 @@ def rollout(who: Account, scaffold: str, number: int) -> dict[str, dict[str, str
     grades = {}
     for result in results:
         data = json.loads((out / "grades" / f"{result['rollout_id']}.json").read_text())
-        grades[result["task_id"]] = data["tests"]
+        grades[result["task_id"]] = data["report"]["tests"]
     return grades
 
 
