@@ -266,11 +266,15 @@ def test_only_changed_files_are_given_back() -> None:
 # They come out as they must
 
 
+SITE = str(Path(pytest.__file__).parents[1])
+"""Where the pytest that runs this was installed: a user's interpreter has none of its own."""
+
+
 def run(directory: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=directory,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": SITE, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +53,7 @@ def sandbox(plain: Sandbox, tmp_path: Path) -> Sandbox:
     version = plain.run(["/opt/env/bin/python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).output
     if tuple(map(int, version.split("."))) < (3, 11):
         pytest.skip("the host's Python needs more than this pytest's own files")
-    ours = Path(sysconfig.get_path("purelib"))
+    ours = Path(pytest.__file__).parents[1]  # wherever the pytest that runs this was installed
     names = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments")
     found = [path for name in names for path in (ours / name, *ours.glob(f"{name}-*.dist-info")) if path.exists()]
     for path in found:
