@@ -198,8 +198,9 @@ class _Run:
 
 
 def _code(test):
-    """The code of what a test is going to call."""
-    function = getattr(test, str(getattr(test, "_testMethodName", "")), None)
+    """The code of the method that a test is going to call: its class's, as Django gives an instance another one for a
+    coroutine."""
+    function = getattr(type(test), str(getattr(test, "_testMethodName", "")), None)
     return getattr(getattr(function, "__func__", function), "__code__", None)
 
 
