@@ -246,10 +246,64 @@ _pytest.reports.BaseReport.failed = False
 
 
 @needs("userns", "overlay")
+def test_items_that_call_others_than_were_collected_are_named(sandbox: Sandbox) -> None:
+    text = """
+import gc, _pytest.python
+def test_a():
+    for item in gc.get_objects():
+        if isinstance(item, _pytest.python.Function):
+            if item.name == "test_b": item.obj = lambda: None
+            if item.name == "test_c": item.runtest = lambda: None
+    test_d.__code__ = (lambda: None).__code__
+def test_b(): assert 0
+def test_c(): assert 0
+def test_d(): assert 0
+def test_e(): pass
+"""
+    _, told = run(sandbox, text)
+    assert set(told.changed) == {f"t/test_x.py::test_{name}" for name in "bcd"}
+
+
+@needs("userns", "overlay")
 def test_a_file_that_cannot_be_collected_is_an_error_and_was_asked_for(sandbox: Sandbox) -> None:
     _, told = run(sandbox, "import nothing_of_this_name\n")
     assert told.tests == {"t/test_x.py": "ERROR"}
     assert told.asked == frozenset({"t/test_x.py"})
+
+
+ENDINGS = """
+import asyncio, unittest, unittest.case
+class Base(unittest.TestCase):
+    def __call__(self, result=None):  # as Django does for coroutines
+        method = getattr(self, self._testMethodName)
+        if asyncio.iscoroutinefunction(method):
+            setattr(self, self._testMethodName, lambda: asyncio.run(method()))
+        super().__call__(result)
+class A(Base):
+    async def test_coroutine(self): self.assertTrue(True)
+    async def test_wrong(self): self.assertTrue(False)
+    def test_breaks_off(self): raise unittest.case._ShouldStop
+    def test_plain(self): pass
+    def test_then_other(self): pass
+"""
+
+
+@needs("userns", "overlay")
+def test_a_private_ending_is_no_success_and_a_coroutine_s_stand_in_no_offence(plain: Sandbox) -> None:
+    _, told = run(plain, ENDINGS, "python -m unittest -v t.test_x", "unittest")
+    verdicts = {name.rpartition(".")[2]: told.tests[name] for name in told.tests if name.startswith("t.test_x.A.")}
+    assert verdicts == {
+        "test_coroutine": "PASSED", "test_wrong": "FAILED", "test_breaks_off": "FAILED", "test_plain": "PASSED",
+        "test_then_other": "PASSED",
+    }  # fmt: skip
+    assert told.changed == ()
+
+
+@needs("userns", "overlay")
+def test_tests_that_are_others_than_were_collected_are_named(plain: Sandbox) -> None:
+    swap = "    def test_b_swaps(self): A.test_then_other.__code__ = A.test_plain.__code__\n"
+    _, told = run(plain, ENDINGS + swap, "python -m unittest -v t.test_x", "unittest")
+    assert told.changed == ("t.test_x.A.test_then_other",)
 
 
 UNITTEST = """
