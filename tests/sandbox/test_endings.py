@@ -63,16 +63,24 @@ def test_who_looks_at_uppers_ends_with_the_launcher_and_is_replaced_when_it_ends
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "minisandbox-w\n"]
 
+    def the_watcher() -> int:
+        """A child has its name a moment after it was forked."""
+        deadline = time.monotonic() + seconds(5)
+        while not watchers() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (found,) = watchers()
+        return found
+
     with Sandbox(spec, launcher) as on_tmpfs:
         assert on_tmpfs.run("true").exit_code == 0
         if launcher.facts["tmpfs_upper"]:
             assert watchers() == []
     with Sandbox(dataclasses.replace(spec, limits=ON_DISK, upper=tmp_path / "u"), launcher) as sandbox:
-        (first,) = watchers()
+        first = the_watcher()
         os.kill(first, signal.SIGKILL)
         result = sandbox.run("touch $(seq 3000); sleep 60", timeout=seconds(30))
         assert result.disk_full and sandbox.ended_by == "disk_full"
-        (second,) = watchers()
+        second = the_watcher()
         assert second != first
     os.kill(launcher.pid, signal.SIGKILL)
     deadline = time.monotonic() + seconds(5)

@@ -40,6 +40,13 @@ def _compare(before: Footprint, after: Footprint, lives: int) -> None:
     "lives", [pytest.param(1000, marks=pytest.mark.ci), pytest.param(10_000, marks=pytest.mark.night)]
 )
 def test_lives_leave_nothing(lives: int, spec: SandboxSpec, adopting: None, launcher: LauncherClient) -> None:
+    if "ray" in sys.modules:  # what its threads allocate meanwhile is not ours: a process of its own tells
+        name = f"{__file__}::test_lives_leave_nothing[{lives}]"
+        argv = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tier=night", name]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=seconds(1800), check=False)
+        print(done.stdout)
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+        return
     with Sandbox(spec, launcher) as warm:
         warm.run("true")
     gc.collect()
