@@ -42,7 +42,7 @@ def _compare(before: Footprint, after: Footprint, lives: int) -> None:
 def test_lives_leave_nothing(lives: int, spec: SandboxSpec, adopting: None, launcher: LauncherClient) -> None:
     if "ray" in sys.modules:  # what its threads allocate meanwhile is not ours: a process of its own tells
         name = f"{__file__}::test_lives_leave_nothing[{lives}]"
-        argv = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tier=night", name]
+        argv = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tier=all", name]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=seconds(1800), check=False)
         print(done.stdout)
         assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
