@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _SPEAKS = re.compile(r"xfail|expectedFailure", re.IGNORECASE)
 _FUNCTION = re.compile(r"(?:.*::)?(?:.*:)?(\w+)(?:\[.*|\s\(.*)?$", re.DOTALL)
@@ -25,19 +25,19 @@ class ExpectedFailures:
                 module = ast.parse(text)
             except (SyntaxError, ValueError, RecursionError, MemoryError):
                 continue
-            self._read(module, text, False)
+            self._read(module, text.splitlines(), False)
 
-    def _read(self, holder: ast.Module | ast.ClassDef, text: str, expecting: bool) -> None:
+    def _read(self, holder: ast.Module | ast.ClassDef, lines: Sequence[str], expecting: bool) -> None:
         for node in holder.body:
-            if isinstance(node, ast.Assign | ast.AnnAssign) and _speaks(node, text):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and _speaks(node, lines):
                 expecting = True  # `pytestmark = pytest.mark.xfail`
         for node in holder.body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 self._known.add(node.name)
-                if expecting or _speaks(node, text):
+                if expecting or _speaks(node, lines):
                     self._expecting.add(node.name)
             elif isinstance(node, ast.ClassDef):
-                self._read(node, text, expecting or any(_speaks(mark, text) for mark in node.decorator_list))
+                self._read(node, lines, expecting or any(_speaks(mark, lines) for mark in node.decorator_list))
 
     def allow(self, name: str) -> bool:
         """Whether the listed test `name` may count as passed when it failed as expected. One that is in none of the
@@ -47,7 +47,7 @@ class ExpectedFailures:
         return function not in self._known or function in self._expecting
 
 
-def _speaks(node: ast.AST, text: str) -> bool:
-    segment = ast.get_source_segment(text, node) or ""
-    marks = getattr(node, "decorator_list", ())
-    return any(_SPEAKS.search(part) for part in (segment, *(ast.unparse(mark) for mark in marks)))
+def _speaks(node: ast.stmt | ast.expr, lines: Sequence[str]) -> bool:
+    """Whether its lines do, those of its decorators too."""
+    first = min([node.lineno, *(mark.lineno for mark in getattr(node, "decorator_list", ()))])
+    return any(_SPEAKS.search(line) for line in lines[first - 1 : node.end_lineno])
