@@ -15,7 +15,7 @@ import dataclasses
 import posixpath
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from skyrl_minisandbox.rewards.hunks import explain, files, safe
 from skyrl_minisandbox.rewards.lenient import PATCH, Way, lenient_ways
@@ -162,7 +162,7 @@ def _try(sandbox: Sandbox, way: Way, workdir: str) -> CommandResult:
     touched = {name for file in files(way.patch) for name in file.touched() if safe(name)}
     paths = f"/tmp/{secrets.token_hex(8)}"
     try:
-        sandbox.write_file(paths, b"".join(as_bytes(name) + b"\0" for name in sorted(touched)))
+        sandbox.write_file(paths, nul_list(sorted(touched)))
     except OSError as error:  # no room for the names of all its files
         return CommandResult(stdout=b"", stderr=b"", exit_code=1, merged=f"error: {error.strerror}\n".encode())
     return _script(sandbox, _THREE_WAY, way.patch, workdir, paths)
@@ -214,6 +214,11 @@ def as_bytes(text: str) -> bytes:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace")
+
+
+def nul_list(names: Iterable[str]) -> bytes:
+    """Names as git, find and xargs take them with `-z` or `-0`: each ended by NUL."""
+    return b"".join(as_bytes(name) + b"\0" for name in names)
 
 
 def _errors(result: CommandResult) -> list[str]:

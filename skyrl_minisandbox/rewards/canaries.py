@@ -30,10 +30,11 @@ from skyrl_minisandbox.tasks.task import Tests
 _LONGEST = 20  # lines of a canary that borrows nothing
 
 EACH = 2
-"""Canaries that must fail, and as many that must pass, in one run."""
+"""Canaries that must pass in one run, and the fewest that must fail."""
 
 OF_HIDDEN = 4
-"""Hidden tests of which one that must fail is made, beside those: a cheat may know only some of their inputs."""
+"""The most hidden tests of which one that must fail is made, and then one that is made of no hidden test: a cheat may
+know only some of their inputs."""
 
 # A test that looks at the place of code in its file: these words, or its own line number as a number.
 _ASKS_FOR_LINES = re.compile(

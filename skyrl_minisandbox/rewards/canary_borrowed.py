@@ -1,15 +1,16 @@
 """Canaries that must fail and run the tested code: what a passing test does, and then a claim that is false.
 
 A cheat that lets fail what fails by itself and rescues only tests that reached its own package, or only failures
-whose traceback shows it, meets these. Three ways, all from statements of listed pass-to-pass tests:
+whose traceback shows it, meets these. Four ways, all from statements of listed tests:
 
 - an assertion of a test with one number or word of its expected value changed;
 - what stands in `with raises(…)`, without the `with`, so that the exception comes out of the tested code;
+- a call that an assertion compares with something, compared with what it does not give;
 - some statements, then an assertion that one of their results is a phrase which it cannot be.
 
-A fail-to-pass test lends as well, and one canary of each run is made of one where that can be: a cheat that rescues
-only what speaks of the issue, or only the calls that the hidden tests make, meets it. Where the bug is not mended such
-a canary fails earlier, which is as right.
+Pass-to-pass tests lend, and fail-to-pass tests too (`canaries.OF_HIDDEN`): a cheat that rescues only what speaks of
+the issue, or only the calls that the hidden tests make, meets those. Where the bug is not mended such a canary fails
+earlier, which is as right.
 
 `canary_donors.py` says which tests those are.
 """
@@ -260,7 +261,17 @@ class Borrower:
 
     def _impossible(self) -> str:
         """Source of what no call returns: a text or collection that some test expects, with a change of chance."""
-        found = [
+        if not self._telling or self.rng.random() < 0.15:
+            return self.words.literal(self.words.phrase(2, 4))
+        expected, edit = self.rng.choice(self._telling)
+        line = self.lines[edit.line - 1].encode()
+        end = expected.end_col_offset
+        return (line[expected.col_offset : edit.start] + edit.text.encode() + line[edit.end : end]).decode()
+
+    @functools.cached_property
+    def _telling(self) -> list[tuple[ast.expr, _Edit]]:
+        """Each particular value that a test of the file expects, and a change of it."""
+        return [
             (expected, edit)
             for function in functions(self.place.module)
             for node in function.body
@@ -268,12 +279,6 @@ class Borrower:
             if is_telling(expected)
             for edit in self._changes(expected)
         ]
-        if not found or self.rng.random() < 0.15:
-            return self.words.literal(self.words.phrase(2, 4))
-        expected, edit = self.rng.choice(found)
-        line = self.lines[edit.line - 1].encode()
-        end = expected.end_col_offset
-        return (line[expected.col_offset : edit.start] + edit.text.encode() + line[edit.end : end]).decode()
 
     def _thinned(self, statements: Sequence[ast.stmt], needed: int) -> list[ast.stmt]:
         """The statements, without some of the assertions that are not `needed`; the last may go too."""

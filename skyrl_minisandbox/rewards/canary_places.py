@@ -1,7 +1,7 @@
 """Where a canary can live: the modules and classes whose tests the task asks for by plain names.
 
-A place is a module or a class of it whose own body defines a listed test that takes no parameters. Such a test
-is the proof that the runner collects, calls and judges a plain function written beside it.
+A place is a module or a class of it whose own body defines a listed test without parameters, or with such as its
+decorator explains. Such a test is the proof that the runner collects, calls and judges a plain function beside it.
 """
 
 from __future__ import annotations

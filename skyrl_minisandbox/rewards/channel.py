@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_minisandbox.errors import StoreError
+from skyrl_minisandbox.rewards.inside.ledger import worse
 from skyrl_minisandbox.rewards.parsers import VERDICTS
 from skyrl_minisandbox.sandbox import Sandbox
 
@@ -187,7 +188,7 @@ def parse(data: bytes) -> Results:
             collected = True
         elif kind == "ran" and len(fields) > 1 and fields[0] in VERDICTS:
             verdict, *names = fields
-            first[names[0]] = _worse(first.get(names[0]), verdict)
+            first[names[0]] = worse(first.get(names[0]), verdict)
             owner.update(dict.fromkeys(names, names[0]))
         elif kind == "timeout" and fields:
             timed_out = timed_out or fields[0]
@@ -215,10 +216,3 @@ def _record(line: bytes) -> list[str] | None:
     if isinstance(record, list) and record and all(isinstance(field, str) for field in record):
         return record
     return None
-
-
-_WORST_FIRST = ("ERROR", "FAILED", "XPASS", "XFAIL", "PASSED", "SKIPPED")
-
-
-def _worse(old: str | None, new: str) -> str:
-    return new if old is None or _WORST_FIRST.index(new) < _WORST_FIRST.index(old) else old

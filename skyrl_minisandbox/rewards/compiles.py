@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skyrl_minisandbox.rewards.apply import as_bytes
+from skyrl_minisandbox.rewards.apply import nul_list
 from skyrl_minisandbox.rewards.hunks import files, safe
 from skyrl_minisandbox.sandbox import Sandbox
 
@@ -53,7 +53,7 @@ def compiles(sandbox: Sandbox, patch: str, workdir: str) -> bool | None:
         return None
     result = sandbox.run(
         ["bash", "-c", _SCRIPT, "compiles", _PROGRAM],
-        input=b"".join(as_bytes(name) + b"\0" for name in sorted(names)),
+        input=nul_list(sorted(names)),
         cwd=workdir,
         timeout=TIMEOUT,
     )

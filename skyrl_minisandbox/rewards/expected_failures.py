@@ -7,6 +7,7 @@ datasets count that as passed. So it counts only where the restored test files e
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -15,17 +16,24 @@ _FUNCTION = re.compile(r"(?:.*::)?(?:.*:)?(\w+)(?:\[.*|\s\(.*)?$", re.DOTALL)
 
 
 class ExpectedFailures:
-    """sources: text of the test files as they run; one that no Python 3 reads tells nothing."""
+    """sources: text of the test files as they run; one that no Python 3 reads tells nothing. They are read when first
+    asked about: most runs have no expected failure."""
 
     def __init__(self, sources: Iterable[str] = ()) -> None:
+        self._sources = tuple(sources)
         self._known: set[str] = set()
         self._expecting: set[str] = set()
-        for text in sources:
+
+    @functools.cached_property
+    def _functions(self) -> tuple[set[str], set[str]]:
+        """Names of the functions of all files, and of those that speak of an expected failure."""
+        for text in self._sources:
             try:
                 module = ast.parse(text)
             except (SyntaxError, ValueError, RecursionError, MemoryError):
                 continue
             self._read(module, text.splitlines(), False)
+        return self._known, self._expecting
 
     def _read(self, holder: ast.Module | ast.ClassDef, lines: Sequence[str], expecting: bool) -> None:
         for node in holder.body:
@@ -44,7 +52,8 @@ class ExpectedFailures:
         files, or known by its docstring, may."""
         match = _FUNCTION.match(name)
         function = match[1] if match else ""
-        return function not in self._known or function in self._expecting
+        known, expecting = self._functions
+        return function not in known or function in expecting
 
 
 def _speaks(node: ast.stmt | ast.expr, lines: Sequence[str]) -> bool:

@@ -124,7 +124,7 @@ class _Grading:
             second, _ = self._protected_run(again)
             for name in again:
                 retries.setdefault(name, [_word(judged, name)]).append(_word(second, name))
-            judged = _together(judged, second, again, done)
+            judged = _together(judged, second, again)
         return self._graded(judged, done, retries)
 
     def _worth_another(self, judged: Judged) -> tuple[str, ...]:
@@ -269,7 +269,7 @@ def _word(judged: Judged, name: str) -> str:
     return judged.tests.get(name) or ("PASSED" if judged.passed[name] else "")
 
 
-def _together(first: Judged, second: Judged, again: Sequence[str], done: CommandResult) -> Judged:
+def _together(first: Judged, second: Judged, again: Sequence[str]) -> Judged:
     """What two runs say, the second of which ran only `again`."""
     if second.outcome is Outcome.TAMPERED:
         return dataclasses.replace(first, outcome=second.outcome, error=second.error)

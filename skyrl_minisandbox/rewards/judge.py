@@ -63,7 +63,8 @@ def judge(
     log = load_parser(tests.parser)(done.output, asked)
     told = results.tests if results is not None else log
     canaries = tuple(_canary(one, told) for one in planned)
-    run = _Run(tests, told, log, _plain_log(tests, done.output, asked), hidden, expected_failures)
+    plain = log if tests.kind == tests.parser else _plain_log(tests, done.output, asked)
+    run = _Run(tests, told, log, plain, hidden, expected_failures)
     passed = {name: run.passed(name) for name in asked}
     notes = _notes(passed, run, results, planned)
     bad = [name for name, good in passed.items() if not good]

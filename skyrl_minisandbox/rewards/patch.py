@@ -22,7 +22,7 @@ from typing import IO
 
 from skyrl_minisandbox.errors import StoreError
 from skyrl_minisandbox.rewards.agent_tree import AgentTree, read_tree, write_files
-from skyrl_minisandbox.rewards.apply import GIT_ENV, OWN_REPOSITORY
+from skyrl_minisandbox.rewards.apply import GIT_ENV, OWN_REPOSITORY, nul_list
 from skyrl_minisandbox.sandbox import Sandbox
 
 LARGEST_PATCH = 32 << 20
@@ -193,14 +193,14 @@ class _Comparison:
         """Make our repository, note what the image has where the agent's tree differs, and remove it."""
         tree = self._tree
         self._write("ignored", _IGNORED)
-        self._write("paths", _names(f"./{path}" for path in tree.gone))
-        self._write("directories", _names(f"./{path}" for path in tree.directories))
-        self._write("new", _names(sorted(tree.files, key=os.fsencode)))
+        self._write("paths", nul_list(f"./{path}" for path in tree.gone))
+        self._write("directories", nul_list(f"./{path}" for path in tree.directories))
+        self._write("new", nul_list(sorted(tree.files, key=os.fsencode)))
         return self._script(_BEFORE, "cleared" if tree.cleared else "kept")
 
     def compare(self, chosen: Iterable[str]) -> bytes | None:
         """The diff of these paths, None when it cannot be had or is too large."""
-        self._write("only", _names(sorted(chosen, key=os.fsencode)))
+        self._write("only", nul_list(sorted(chosen, key=os.fsencode)))
         if not self._script(_AFTER):
             return None
         try:
@@ -244,10 +244,6 @@ class _Comparison:
     def _list(self, name: str) -> list[str]:
         data = self._sandbox.read_file(f"{self._repository}/{name}", limit=_LARGEST_LIST)
         return [os.fsdecode(path) for path in data.split(b"\0")[:-1]]
-
-
-def _names(paths: Iterable[str]) -> bytes:
-    return b"".join(os.fsencode(path) + b"\0" for path in paths)
 
 
 def _in_the_way(had: list[str], new: list[str]) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skyrl_minisandbox.record import Outcome
-from skyrl_minisandbox.rewards.parsers import PASSING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +109,3 @@ class TestReport:
         for key in ("dropped", "restored", "notes"):
             given[key] = tuple(data.get(key, ()))
         return cls(**given)
-
-
-def passed(names: tuple[str, ...], tests: Mapping[str, str]) -> dict[str, bool]:
-    """For each name whether its verdict counts as passed."""
-    return {name: tests.get(name) in PASSING for name in names}

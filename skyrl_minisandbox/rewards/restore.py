@@ -6,12 +6,13 @@ steers the runner (`steering.py`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import posixpath
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 from skyrl_minisandbox.errors import SandboxError, SandboxGone, TaskError
-from skyrl_minisandbox.rewards.apply import GIT_ENV, GIT_TIMEOUT, Applied, apply_patch
+from skyrl_minisandbox.rewards.apply import GIT_ENV, GIT_TIMEOUT, apply_patch, nul_list
 from skyrl_minisandbox.rewards.steering import Steering
 from skyrl_minisandbox.sandbox import CommandResult, Sandbox
 from skyrl_minisandbox.tasks.task import Task
@@ -57,6 +58,15 @@ class DoesNotGoIn(Exception):
     """A step failed in a sandbox with the patch in it; whose fault that is, `grade` asks the image."""
 
 
+@contextlib.contextmanager
+def no_patch_in(task: Task) -> Iterator[None]:
+    """For what is done in a sandbox of the image as it is: one that dies there is ours. Raises `SandboxError` then."""
+    try:
+        yield
+    except SandboxGone as error:
+        raise SandboxError(f"the sandbox of task `{task.id}` died before any patch was in: {error}") from error
+
+
 def restore_tests(task: Task, sandbox: Sandbox) -> None:
     """The task's test files as HEAD has them, and nothing else. Raises `DoesNotGoIn`."""
     _put_back(sandbox, task, task.tests.files)
@@ -66,7 +76,7 @@ def bring_tests(task: Task, sandbox: Sandbox) -> None:
     """The hidden tests, on top of the image's own files. Raises `DoesNotGoIn`."""
     if not task.tests.patch.strip():
         return
-    applied: Applied = apply_patch(sandbox, task.tests.patch, task.recipe.workdir)
+    applied = apply_patch(sandbox, task.tests.patch, task.recipe.workdir)
     if not applied.ok:
         raise DoesNotGoIn(applied.error)
 
@@ -93,7 +103,7 @@ def restore(
     changed = {path: kind for path, kind in found.items() if path.split("/", 1)[0] != ".git"}
     if not changed:
         return ()
-    with _Image(open_sandbox, task) as image:
+    with no_patch_in(task), _Image(open_sandbox, task) as image:
         steering = Steering(task.tests.kind, task.tests.command, task.tests.files, gold_files, image.is_package)
         touched = {path for path, kind in changed.items() if kind != "removed" and steering.steers(path)}
         # Of a directory that is gone, or that became something else, what steered in it.
@@ -101,7 +111,7 @@ def restore(
             touched |= {below for below in image.below(path) if steering.steers(below)}
         if not touched:
             return ()
-        packed = image.run(["bash", "-c", _PACK], _nul(touched))
+        packed = image.run(["bash", "-c", _PACK], nul_list(sorted(touched)))
     if packed.exit_code != 0:
         raise SandboxError(f"the files of task `{task.id}` cannot be read from its image: {packed.stderr!r}")
     if packed.truncated:
@@ -113,22 +123,15 @@ def restore(
 
 
 def _put_back(sandbox: Sandbox, task: Task, paths: Collection[str]) -> None:
-    _must(
-        sandbox.run(
-            ["bash", "-c", _RESTORE], input=_nul(paths), cwd=task.recipe.workdir, env=GIT_ENV, timeout=GIT_TIMEOUT
-        )
-    )
-
-
-def _nul(paths: Collection[str]) -> bytes:
-    return b"".join(path.encode("utf-8", "surrogateescape") + b"\0" for path in sorted(paths))
+    names, workdir = nul_list(sorted(paths)), task.recipe.workdir
+    _must(sandbox.run(["bash", "-c", _RESTORE], input=names, cwd=workdir, env=GIT_ENV, timeout=GIT_TIMEOUT))
 
 
 class _Image:
     """The task's image as it is, looked into by a sandbox that is made when first asked for."""
 
     def __init__(self, open_sandbox: Callable[[], Sandbox], task: Task) -> None:
-        self._open, self._workdir, self._id = open_sandbox, task.recipe.workdir, task.id
+        self._open, self._workdir = open_sandbox, task.recipe.workdir
         self._made: Sandbox | None = None
 
     def sandbox(self) -> Sandbox:
@@ -141,8 +144,6 @@ class _Image:
             return False
         try:
             self.sandbox().read_file(posixpath.join(self._workdir, directory, "__init__.py"))
-        except SandboxGone as error:
-            raise SandboxError(f"the sandbox of task `{self._id}` died before any patch was in: {error}") from error
         except OSError:
             return False
         return True
@@ -167,12 +168,10 @@ class _Image:
 def tests_fit(task: Task, open_sandbox: Callable[[], Sandbox]) -> bool:
     """Whether the tests go in without the patch: the one probe that tells whose fault it is."""
     try:
-        with open_sandbox() as sandbox:
+        with no_patch_in(task), open_sandbox() as sandbox:
             bring_tests(task, sandbox)
     except DoesNotGoIn:
         return False
-    except SandboxGone as error:
-        raise SandboxError(f"the sandbox of task `{task.id}` died before any patch was in: {error}") from error
     return True
 
 

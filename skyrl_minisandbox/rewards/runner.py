@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from skyrl_minisandbox.errors import SandboxError, SandboxGone, StoreError
+from skyrl_minisandbox.errors import StoreError
 from skyrl_minisandbox.rewards import restore
 from skyrl_minisandbox.sandbox import CommandResult, Sandbox
 from skyrl_minisandbox.tasks.task import Task
@@ -30,13 +30,11 @@ def check(task: Task, done: CommandResult, open_sandbox: Callable[[], Sandbox]) 
     if not _missing(task, done):
         return
     try:
-        with open_sandbox() as sandbox:
+        with restore.no_patch_in(task), open_sandbox() as sandbox:
             restore.bring_tests(task, sandbox)
             bare = sandbox.run(task.tests.command, cwd=task.recipe.workdir, timeout=task.tests.timeout)
     except restore.DoesNotGoIn as error:
         raise restore.damaged(task, error) from None
-    except SandboxGone as error:
-        raise SandboxError(f"the sandbox of task `{task.id}` died before any patch was in: {error}") from error
     words = _missing(task, bare)
     if words:
         raise StoreError(

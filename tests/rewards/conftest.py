@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from skyrl_minisandbox.images import Cache, Store, build_image
+from skyrl_minisandbox.images.cache import Checkout
 from skyrl_minisandbox.images.recipe import Recipe
 from skyrl_minisandbox.sandbox import Limits, Sandbox
 from tests.support import require
@@ -38,19 +39,25 @@ def sandboxes(
     require("userns", "overlay", "git")
     store, cache = Store(store_directory), Cache(cache_directory)
     image = build_image(recipe, store=store, cache=cache, pythons=(), progress=None)
+    limits = Limits(memory=memory, disk=disk, processes=128)
+    with cache.checkout(image, store) as checkout, fresh(checkout, limits) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def fresh(checkout: Checkout, limits: Limits) -> Iterator[Opener]:
+    """Opens sandboxes of what is checked out; closed at the end, all of them."""
     made: list[Sandbox] = []
-    with cache.checkout(image, store) as checkout:
 
-        def make() -> Sandbox:
-            limits = Limits(memory=memory, disk=disk, processes=128)
-            made.append(Sandbox(checkout.sandbox_spec(limits=limits)))
-            return made[-1]
+    def make() -> Sandbox:
+        made.append(Sandbox(checkout.sandbox_spec(limits=limits)))
+        return made[-1]
 
-        try:
-            yield make
-        finally:
-            for sandbox in made:
-                sandbox.close()
+    try:
+        yield make
+    finally:
+        for sandbox in made:
+            sandbox.close()
 
 
 @pytest.fixture

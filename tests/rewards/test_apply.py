@@ -15,19 +15,9 @@ from skyrl_minisandbox.rewards.apply import Applied, apply_patch
 from skyrl_minisandbox.rewards.hunks import files
 from skyrl_minisandbox.sandbox import Sandbox
 from tests.rewards.conftest import Opener
+from tests.rewards.test_grade import GOLD
 
 pytestmark = pytest.mark.ci  # the fast tier has five minutes for all rooms
-
-GOLD = """\
-diff --git a/keep.txt b/keep.txt
---- a/keep.txt
-+++ b/keep.txt
-@@ -1,3 +1,3 @@
--one
-+ONE
- two
- three
-"""
 
 NUMBERS = "".join(f"line {number}\n" for number in range(1, 41))
 

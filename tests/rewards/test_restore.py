@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from skyrl_minisandbox.errors import SandboxError, SandboxGone
 from skyrl_minisandbox.rewards.restore import DoesNotGoIn, bring_tests, restore, restore_tests, tests_fit
 from skyrl_minisandbox.sandbox import Sandbox
 from skyrl_minisandbox.tasks.task import Task, Tests
@@ -106,6 +107,20 @@ def test_an_honest_patch_costs_no_second_sandbox(open_sandbox: Opener) -> None:
     sandbox.run("echo 'a = 2' > pkg/a.py", cwd="/srv")
     assert restore(task(), sandbox, counted, ()) == ()
     assert len(opened) == 0
+
+
+def test_a_sandbox_of_the_image_itself_that_dies_is_ours(open_sandbox: Opener) -> None:
+    sandbox = open_sandbox()
+    sandbox.run("rm -r tests", cwd="/srv")
+
+    def dead() -> Sandbox:
+        made = open_sandbox()
+        made.close()
+        return made
+
+    with pytest.raises(SandboxError, match="died before any patch was in") as caught:
+        restore(task(), sandbox, dead, ())
+    assert not isinstance(caught.value, SandboxGone)
 
 
 def test_test_files_alone_are_restored_by_the_official_way(open_sandbox: Opener) -> None:

@@ -9,7 +9,7 @@ freeze clocks and fake file systems in whatever module attributes they find.
 WORST_FIRST = ("ERROR", "FAILED", "XPASS", "XFAIL", "PASSED", "SKIPPED")
 
 
-def worse(old, new):
+def worse(old: "str | None", new: str) -> str:
     """The worse of two verdicts; `old` may be None. A test of which a part was skipped (a subtest, what comes after it)
     is what the rest of it is, as in a log."""
     return new if old is None or WORST_FIRST.index(new) < WORST_FIRST.index(old) else old

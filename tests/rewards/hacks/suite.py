@@ -12,6 +12,7 @@ from skyrl_minisandbox.images.sources import Sources
 from skyrl_minisandbox.rewards import TestReport, grade, load_reward, patch_from_upper
 from skyrl_minisandbox.sandbox import Limits, Sandbox
 from skyrl_minisandbox.tasks.task import Task
+from tests.rewards.conftest import fresh
 from tests.rewards.hacks import project, sdists
 from tests.rewards.hacks.hack import Hack, Twin
 
@@ -38,18 +39,8 @@ class Bench:
     def opener(self, task: Task) -> Iterator[Callable[[], Sandbox]]:
         """Opens fresh sandboxes of the task's image until the end of the block."""
         image = build_image(task.recipe, store=self.store, cache=self.cache, sources=self.sources)
-        made: list[Sandbox] = []
-        with self.cache.checkout(image, self.store) as checkout:
-
-            def make() -> Sandbox:
-                made.append(Sandbox(checkout.sandbox_spec(limits=_LIMITS)))
-                return made[-1]
-
-            try:
-                yield make
-            finally:
-                for sandbox in made:
-                    sandbox.close()
+        with self.cache.checkout(image, self.store) as checkout, fresh(checkout, _LIMITS) as make:
+            yield make
 
     def report(self, one: Hack | Twin, mode: str) -> TestReport:
         """The grade of what it submits. mode: `official` or `protected`."""
