@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from skyrl_minisandbox.rewards import canary_bodies
 from skyrl_minisandbox.rewards.canary_borrowed import Borrowed, Borrower
-from skyrl_minisandbox.rewards.canary_donors import called, functions, line_count
+from skyrl_minisandbox.rewards.canary_donors import DonorFile, called, functions, line_count
 from skyrl_minisandbox.rewards.canary_places import Place, find_places
 from skyrl_minisandbox.rewards.canary_words import Words
 from skyrl_minisandbox.tasks.task import Tests
@@ -139,7 +139,7 @@ class _Garden:
             words = self._words.get(place.path)
             if words is None:
                 words = self._words[place.path] = Words.of(file.text, file.module, self._taken, self._rng)
-            borrower = Borrower(place, file.lines, words, self._rng, self._sought)
+            borrower = Borrower(place, file.for_donors, words, self._rng, self._sought)
             self._borrowers[place.path, place.prefix] = borrower
         return borrower
 
@@ -200,6 +200,10 @@ class _File:
                 return cls(text, ast.parse(text), end, lines)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return None
+
+    @functools.cached_property
+    def for_donors(self) -> DonorFile:
+        return DonorFile(self.module, self.lines)
 
     @functools.cached_property
     def knows_its_lines(self) -> bool:

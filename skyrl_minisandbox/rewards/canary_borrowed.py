@@ -27,14 +27,13 @@ from collections.abc import Iterator, Sequence
 from skyrl_minisandbox.rewards.canary_bodies import claim
 from skyrl_minisandbox.rewards.canary_donors import (
     EQUAL_CALLS,
+    DonorFile,
     Donors,
     called,
     compared_calls,
     differs,
-    functions,
     identifiers,
     is_formula,
-    is_telling,
     line_count,
     literals_expected,
     only_asserts,
@@ -43,6 +42,8 @@ from skyrl_minisandbox.rewards.canary_donors import (
 )
 from skyrl_minisandbox.rewards.canary_places import Place
 from skyrl_minisandbox.rewards.canary_words import Words
+
+_TRIES = 8  # values of the file that are looked at for one that can be changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +74,10 @@ class Borrowed:
 
 @dataclasses.dataclass
 class Borrower:
-    """Writes such bodies for one place. lines: of its file. sought: names that the hidden tests call."""
+    """Writes such bodies for one place. file: the place's. sought: names that the hidden tests call."""
 
     place: Place
-    lines: Sequence[str]
+    file: DonorFile
     words: Words
     rng: random.Random
     sought: frozenset[str] = frozenset()
@@ -85,7 +86,7 @@ class Borrower:
     @functools.cached_property
     def donors(self) -> Donors:
         """The tests to borrow from."""
-        return Donors(self.place, self.lines)
+        return Donors(self.place, self.file)
 
     @functools.cached_property
     def _tests(self) -> list[ast.FunctionDef]:
@@ -93,9 +94,10 @@ class Borrower:
         tests = self.rng.sample(self.donors.passing, len(self.donors.passing))
         return sorted(tests, key=lambda test: -len(called(test) & self.sought)) if self.sought else tests
 
-    @functools.cached_property
-    def _algebra(self) -> bool:
-        return any("sympy" in line for line in self.lines if "import" in line)
+    @property
+    def lines(self) -> Sequence[str]:
+        """Of the file."""
+        return self.file.lines
 
     def write(self, hidden: bool = False, raising: bool = False) -> Borrowed | None:
         """A body, or None when no test of the place will do.
@@ -161,12 +163,12 @@ class Borrower:
     @property
     def can_write(self) -> bool:
         """Whether there is a test to borrow from."""
-        return bool(self.donors.passing or self.donors.hidden)
+        return self.donors.has_passing or bool(self.donors.hidden)
 
-    @functools.cached_property
+    @property
     def can_raise(self) -> bool:
         """Whether one of those shows how the tested code raises an exception."""
-        return any(uncaught(node) is not None for test in self.donors.passing for node in test.body)
+        return self.donors.has_raising
 
     @property
     def can_write_hidden(self) -> bool:
@@ -261,24 +263,16 @@ class Borrower:
 
     def _impossible(self) -> str:
         """Source of what no call returns: a text or collection that some test expects, with a change of chance."""
-        if not self._telling or self.rng.random() < 0.15:
-            return self.words.literal(self.words.phrase(2, 4))
-        expected, edit = self.rng.choice(self._telling)
-        line = self.lines[edit.line - 1].encode()
-        end = expected.end_col_offset
-        return (line[expected.col_offset : edit.start] + edit.text.encode() + line[edit.end : end]).decode()
-
-    @functools.cached_property
-    def _telling(self) -> list[tuple[ast.expr, _Edit]]:
-        """Each particular value that a test of the file expects, and a change of it."""
-        return [
-            (expected, edit)
-            for function in functions(self.place.module)
-            for node in function.body
-            for expected in literals_expected(node)
-            if is_telling(expected)
-            for edit in self._changes(expected)
-        ]
+        if self.rng.random() >= 0.15:
+            telling = self.file.telling
+            for expected in self.rng.sample(telling, min(len(telling), _TRIES)):
+                edits = list(self._changes(expected))
+                if edits:
+                    edit = self.rng.choice(edits)
+                    line = self.lines[edit.line - 1].encode()
+                    end = expected.end_col_offset
+                    return (line[expected.col_offset : edit.start] + edit.text.encode() + line[edit.end : end]).decode()
+        return self.words.literal(self.words.phrase(2, 4))
 
     def _thinned(self, statements: Sequence[ast.stmt], needed: int) -> list[ast.stmt]:
         """The statements, without some of the assertions that are not `needed`; the last may go too."""
@@ -298,7 +292,7 @@ class Borrower:
     def _changes(self, expected: ast.expr) -> Iterator[_Edit]:
         """Each way to change one constant of a literal so that it means something else."""
         formula = is_formula(expected)
-        if formula and not self._algebra:
+        if formula and not self.file.has_algebra:
             return
         for node in ast.walk(expected):
             if isinstance(node, ast.Constant) and node.lineno == node.end_lineno and node.end_col_offset is not None:

@@ -49,17 +49,71 @@ _LONGEST = 24  # statements of a test that is worth borrowing from
 
 
 @dataclasses.dataclass
+class DonorFile:
+    """What the donors of one file share, looked for once however many classes it has. lines: without their ends."""
+
+    module: ast.Module
+    lines: Sequence[str]
+
+    @functools.cached_property
+    def shares_state(self) -> bool:
+        """Whether its tests share objects that one of them may change for the others."""
+        return any(_SHARED.search(line) for line in self.lines)
+
+    @functools.cached_property
+    def fixtures(self) -> frozenset[str]:
+        """Fixtures that are made anew for each test."""
+        own = [
+            node.name
+            for node in self.module.body
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(m) in _FIXTURE for m in node.decorator_list)
+        ]
+        return frozenset({*own, *_GRANTS})
+
+    @functools.cached_property
+    def has_algebra(self) -> bool:
+        """Whether it imports a computer algebra system."""
+        return any("sympy" in line for line in self.lines if "import" in line)
+
+    @functools.cached_property
+    def telling(self) -> list[ast.expr]:
+        """Each particular value that one of its functions expects."""
+        return [
+            expected
+            for function in functions(self.module)
+            for node in function.body
+            for expected in literals_expected(node)
+            if is_telling(expected)
+        ]
+
+
+@dataclasses.dataclass
 class Donors:
-    """The tests of one place that may run twice. lines: of its file."""
+    """The tests of one place that may run twice."""
 
     place: Place
-    lines: Sequence[str]
+    file: DonorFile
 
     @functools.cached_property
     def passing(self) -> list[ast.FunctionDef]:
         """Those that are listed in pass-to-pass."""
-        with_parameters = [test for test in self.place.tests if self.ids_of(test)]
-        return [test for test in (*self.place.passing, *with_parameters) if self._suits(test)]
+        return [test for test in self._candidates if self._suits(test)]
+
+    @functools.cached_property
+    def has_passing(self) -> bool:
+        """Whether there is one: for a file of many classes much cheaper than all of them."""
+        return any(self._suits(test) for test in self._candidates)
+
+    @functools.cached_property
+    def has_raising(self) -> bool:
+        """Whether one of them shows how the tested code raises an exception."""
+        return any(
+            any(uncaught(node) is not None for node in test.body) and self._suits(test) for test in self._candidates
+        )
+
+    @functools.cached_property
+    def _candidates(self) -> list[ast.FunctionDef]:
+        return [*self.place.passing, *(test for test in self.place.tests if self.ids_of(test))]
 
     @functools.cached_property
     def hidden(self) -> list[ast.FunctionDef]:
@@ -73,21 +127,6 @@ class Donors:
     def ids_of(self, test: ast.FunctionDef) -> tuple[str, ...]:
         return parameter_ids(test, self.place.parameters)
 
-    @functools.cached_property
-    def _shared_state(self) -> bool:
-        """Whether tests of the file share objects that one of them may change for the others."""
-        return any(_SHARED.search(line) for line in self.lines)
-
-    @functools.cached_property
-    def _fixtures(self) -> frozenset[str]:
-        """Fixtures that are made anew for each test."""
-        own = [
-            node.name
-            for node in self.place.module.body
-            if isinstance(node, ast.FunctionDef) and any(ast.unparse(m) in _FIXTURE for m in node.decorator_list)
-        ]
-        return frozenset({*own, *_GRANTS})
-
     def _suits(self, test: ast.FunctionDef) -> bool:
         method, ids = self.place.method, self.ids_of(test)
         arguments, given = test.args, self.arguments_of(test)
@@ -97,13 +136,13 @@ class Donors:
             return False
         if method and (not arguments.args or arguments.args[0].arg != method):
             return False
-        if not ids and not {*given} <= self._fixtures:
+        if not ids and not {*given} <= self.file.fixtures:
             return False
         granted = frozenset().union(*(_GRANTS.get(name, ()) for name in given))
         if any(_parts(name) & _IMPURE - granted or name.startswith("_set") for name in identifiers(test)):
             return False
         statements = without_docstring(test)
-        if method and self._shared_state and any(_uses(node, method) for node in statements):
+        if method and self.file.shares_state and any(_uses(node, method) for node in statements):
             return False
         own = {node.id for node in ast.walk(test) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         own |= set() if ids else {*given}
@@ -144,7 +183,7 @@ class Donors:
             if node.lineno <= before or (node.end_lineno or 0) < node.lineno:
                 return False
             before = node.end_lineno or node.lineno
-            tail = self.lines[before - 1].encode()[node.end_col_offset or 0 :].strip()
+            tail = self.file.lines[before - 1].encode()[node.end_col_offset or 0 :].strip()
             if tail and not tail.startswith(b"#"):
                 return False
         return True

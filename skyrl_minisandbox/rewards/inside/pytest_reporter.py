@@ -112,6 +112,9 @@ def _plugin(ledger, config):
         @pytest.hookimpl(tryfirst=True)
         def pytest_collection_finish(self, session):
             write(*[["asked", *names(item.nodeid)] for item in session.items], ["collected"])
+            # Canaries fail, and pytest's own form of a traceback parses the whole test file for each of them.
+            if getattr(config.option, "tbstyle", None) == "auto":
+                config.option.tbstyle = "native"
             if not is_tested:
                 collected.update((item.nodeid, _calls(item)) for item in session.items)
 
