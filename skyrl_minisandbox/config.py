@@ -296,6 +296,44 @@ class ClusterConfig(Config):
 
 
 @dataclass
+class TrainingConfig(Config):
+    """What our generator does beside SkyRL's own; the stock generator reads none of it.
+
+    running: rollouts at once, on all nodes together; the others wait in order. 0: as many as the nodes have slots.
+    starting: of these, set up at the same time; it is what loads a machine most. 0: half of those running.
+    grading: of these, graded at the same time. 0: half of those running.
+    time: seconds of one rollout, the model's time included. Above it the rollout ends with `ended_by=time` and is
+        graded. 0: no such bound.
+    retries: how often a row that ended as `infra_error` is run again, on another node where there is one.
+    failed_group_policy: what becomes of a group of which a row failed for good. `mask_group`: the whole group is kept
+        out of the loss. `mean`: that row alone is, and its reward slot holds the mean of the others.
+    max_infra_error_fraction: above it, of the last rows, the step ends with an error that counts the causes.
+    """
+
+    running: int = 0
+    starting: int = 0
+    grading: int = 0
+    time: float = 7200.0
+    retries: int = 2
+    failed_group_policy: str = "mask_group"
+    max_infra_error_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("running", "starting", "grading", "time", "retries"):
+            if getattr(self, name) < 0:
+                raise InputError(f"`training.{name}={getattr(self, name)}` must be 0 or above")
+        if self.failed_group_policy not in ("mask_group", "mean"):
+            raise InputError(
+                f"`training.failed_group_policy={self.failed_group_policy}` must be `mask_group` or `mean`"
+            )
+        if not 0 <= self.max_infra_error_fraction <= 1:
+            raise InputError(
+                f"`training.max_infra_error_fraction={self.max_infra_error_fraction}` must be from 0 to 1"
+            )
+
+
+@dataclass
 class EnvConfig(Config):
     """All that the Env needs.
 
@@ -311,6 +349,7 @@ class EnvConfig(Config):
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     out: str = ""
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 import shutil
 import time
 import xml.etree.ElementTree as ElementTree
@@ -37,7 +38,7 @@ def run(kernel: str, arguments: Sequence[str], out: Path, accelerators: Sequence
         # tests/sandbox/test_as_a_user.py is the run `user` here.
         script = (
             'python3 -m tests.orphans "$(python3 -c "from tests.support import seconds; print(seconds(10))")" '
-            'python3 -m pytest -q -p no:cacheprovider -o faulthandler_timeout=900 --junitxml="$OUT/junit.xml" '
+            'python3 -m pytest -v -p no:cacheprovider -o faulthandler_timeout=900 --junitxml="$OUT/junit.xml" '
             '--ignore=tests/sandbox/test_as_a_user.py "$@" 2>&1 | tee "$OUT/log"; exit "${PIPESTATUS[0]}"'
         )
         argv = ("bash", "-c", script, "pytest", *chosen)
@@ -64,7 +65,7 @@ def report(outcome: Outcome, names: Sequence[str]) -> list[str]:
             print(f"{name}: DID NOT RUN")
             continue
         run = done[name]
-        counts, skips, broken = _junit(outcome.directory / name / "junit.xml")
+        counts, skips, broken = _junit(outcome.directory / name / "junit.xml") or _log(outcome.directory / name / "log")
         good = run["ended"] and run["exit"] == 0 and counts["passed"] > 0
         if not good:
             failed.append(name)
@@ -78,14 +79,28 @@ def report(outcome: Outcome, names: Sequence[str]) -> list[str]:
     return failed
 
 
-def _junit(path: Path) -> tuple[dict[str, int], collections.Counter[str], list[str]]:
+_Results = tuple[dict[str, int], collections.Counter[str], list[str]]
+_LINE = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
+
+
+def _log(path: Path) -> _Results:
+    """From the log of a run that was ended before pytest wrote its file."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = _LINE.findall(text)
+    broken = [name for name, word in lines if word in ("FAILED", "ERROR")]
+    words = collections.Counter(word for _, word in lines)
+    counts = {"passed": words["PASSED"], "failed": len(broken), "skipped": words["SKIPPED"]}
+    return counts, collections.Counter(), broken
+
+
+def _junit(path: Path) -> _Results | None:
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     skips: collections.Counter[str] = collections.Counter()
     broken = []
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError):
-        cases = []
+        return None
     for case in cases:
         skipped = case.find("skipped")
         if skipped is not None:

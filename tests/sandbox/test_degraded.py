@@ -19,9 +19,10 @@ import sys
 from pathlib import Path
 from skyrl_minisandbox.errors import MiniSandboxError
 from skyrl_minisandbox.sandbox import Bind, Sandbox, SandboxSpec
-layer, *lost = sys.argv[1:]
+layer, scratch, *lost = sys.argv[1:]
+spec = SandboxSpec((Path(layer),), (Bind("/usr", "/usr"),), allow_degraded=tuple(lost), scratch=Path(scratch))
 try:
-    with Sandbox(SandboxSpec((Path(layer),), (Bind("/usr", "/usr"),), allow_degraded=tuple(lost))) as sandbox:
+    with Sandbox(spec) as sandbox:
         print(sandbox.lost, sandbox.run("echo alive; ls /proc | wc -l").output.split())
         print(sandbox.run("sleep 100 & sleep 100", timeout=0.3).timed_out, sandbox.shell().run("echo on").output)
         sandbox.freeze()
@@ -38,10 +39,15 @@ def test_a_masked_proc_is_refused_with_the_way_out_and_may_be_lost_by_name(user:
         if not path.is_symlink():
             shutil.chown(path, user.uid, user.gid)
 
+    scratch = user.home / "scratch"  # Linux 6.1 cannot hold a plain user's upper on tmpfs
+    scratch.mkdir()
+    shutil.chown(scratch, user.uid, user.gid)
+
     def inside_a_pod(*lost: str) -> str:
         script = 'mount --bind /dev/null /proc/kcore 2>/dev/null || mount --bind /dev/null /proc/kmsg; exec "$@"'
         argv = ["unshare", "-m", "bash", "-c", script, "pod", "setpriv", f"--reuid={user.uid}", f"--regid={user.gid}",
-                "--clear-groups", str(user.python), "-c", PROGRAM, str(layer), *lost]
+                "--clear-groups", str(user.python), "-c", PROGRAM, str(layer),
+                str(scratch), *lost]
         done = subprocess.run(argv, env=user.environment(), capture_output=True, text=True, timeout=seconds(60),
                               cwd=user.home)
         return done.stdout + done.stderr

@@ -1,0 +1,1 @@
+"""SkyRL's trainer with our environment: entry point, generator, configuration."""
