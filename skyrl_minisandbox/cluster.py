@@ -32,7 +32,7 @@ from skyrl_minisandbox.errors import MiniSandboxError, NodeError, NodeLost, Work
 from skyrl_minisandbox.node import Node, NodeActor, NodeSetup, NodeStatus
 from skyrl_minisandbox.own_ray import NAMESPACE, RayConnection
 from skyrl_minisandbox.record import EndedBy, Outcome
-from skyrl_minisandbox.rollout import CANCELLATION, Finished, RolloutRequest, Turn
+from skyrl_minisandbox.turn import CANCELLATION, Finished, RolloutRequest, Turn
 
 logger = logging.getLogger(__name__)
 

@@ -25,12 +25,12 @@ from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
 from skyrl_minisandbox.cluster import Cluster, connect
 from skyrl_minisandbox.config import EnvConfig, make_config
-from skyrl_minisandbox.errors import MiniSandboxError, NodeError, TaskError
+from skyrl_minisandbox.errors import MiniSandboxError, NodeError, TaskError, one_line
 from skyrl_minisandbox.policies.policy import Message
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
 from skyrl_minisandbox.rewards.fault import event_of, outcome_of, reward_of
-from skyrl_minisandbox.rollout import Finished, RolloutRequest, Turn, one_line
 from skyrl_minisandbox.tasks.task import Task
+from skyrl_minisandbox.turn import Finished, RolloutRequest, Turn
 
 logger = logging.getLogger(__name__)
 

@@ -108,3 +108,12 @@ class WorkerLost(NodeError):
 
 class OutOfMemory(NodeError):
     """The machine had no memory left and killed a process of ours for it."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error as the one line of a record, with its class where the text alone says little."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MiniSandboxError):
+        hint = f" (hint: {error.hint})" if error.hint else ""
+        return text + hint
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

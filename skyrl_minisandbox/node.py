@@ -35,9 +35,9 @@ from skyrl_minisandbox.claims import Claim, sweep
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, OutOfMemory, WorkerLost
 from skyrl_minisandbox.record import EndedBy
 from skyrl_minisandbox.rewards.fault import needs_its_own_worker
-from skyrl_minisandbox.rollout import RolloutRequest, Turn
 from skyrl_minisandbox.sandbox.cgroup_places import memory_counter
 from skyrl_minisandbox.sandbox.limits import read_oom_kills
+from skyrl_minisandbox.turn import RolloutRequest, Turn
 from skyrl_minisandbox.worker import NOTICE, STUCK, WorkerSetup
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ import select
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from skyrl_minisandbox.config import GradingConfig, RewardConfig, RolloutConfig, ScaffoldConfig
+from skyrl_minisandbox.config import ScaffoldConfig
 from skyrl_minisandbox.errors import (
     InputError,
     MiniSandboxError,
@@ -34,14 +34,14 @@ from skyrl_minisandbox.errors import (
     SandboxError,
     SandboxGone,
     StoreError,
+    one_line,
 )
 from skyrl_minisandbox.policies.inverted import InvertedPolicy
 from skyrl_minisandbox.policies.policy import Message, PolicyStopped
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
 from skyrl_minisandbox.rewards import fault
 from skyrl_minisandbox.rewards.fault import Event
-from skyrl_minisandbox.sandbox.spec import Limits
-from skyrl_minisandbox.tasks.task import Task
+from skyrl_minisandbox.turn import CANCELLATION, Finished, RolloutRequest, Turn
 
 if TYPE_CHECKING:
     from skyrl_minisandbox.images import Cache, Store
@@ -54,92 +54,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CANCELLATION = 10.0
-"""Seconds that a scaffold's thread has to end once its sandbox is gone; after that its worker is given up."""
-
-PROBE = 60.0
-"""Seconds that the look whether a node is healthy may take."""
-
 LAST_MOMENT = 1.0
 """Seconds from the end of a launcher's first sandbox to its own."""
 
 LOG_KEPT = 256 << 10
 """Characters of a test log that travel to the driver: the tail, where test runners put their summary."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutRequest:
-    """All that a node must know to run one rollout. Plain data: it crosses processes and machines.
-
-    rollout_id: unique in the cluster for all time.
-    max_turns: answers before the end; 0: no bound.
-    on_disk: what its sandboxes write goes to disk. pool: sandboxes kept ready for its image; 0: none.
-    before: the event (`rewards.fault`) that ended the same row's earlier try elsewhere; "" for a first try.
-    """
-
-    rollout_id: str
-    task: Task
-    scaffold: ScaffoldConfig
-    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
-    grading: GradingConfig = dataclasses.field(default_factory=GradingConfig)
-    limits: Limits = dataclasses.field(default_factory=Limits)
-    allow_degraded: tuple[str, ...] = ()
-    bounds: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
-    max_turns: int = 0
-    on_disk: bool = False
-    pool: int = 0
-    before: str = ""
-
-    @property
-    def grading_seconds(self) -> float:
-        """The most that one grading may take: the tests, each retry of theirs, and all else."""
-        runs = 1 + (self.grading.retries if self.grading.mode == "protected" else 0)
-        return self.task.tests.timeout * runs + self.bounds.grade
-
-    @property
-    def ending_seconds(self) -> float:
-        """The most that a node takes to end a rollout: its scaffold, its patch, its grade, a probe after each."""
-        return CANCELLATION + self.bounds.grade + self.grading_seconds + 2 * PROBE
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """What a rollout leaves.
-
-    patch: what was graded; empty when nothing was.
-    tests: test name -> verdict as the parser gives them. log: the tail of the tests' output.
-    report: the whole TestReport as JSON, with that log; None when nothing was graded.
-    trajectory: JSON-able; holds nothing of the hidden tests or the gold patch.
-    history_divergence: messages that the scaffold took back although the trainer keeps them.
-    event: why nothing could be graded, a value of `rewards.fault.Event`; "" where there is a grade.
-    repeat: the grading broke on a node that is healthy. Its outcome stands only if the same patch does that again
-        elsewhere; `Cluster` sees to it.
-    """
-
-    record: RolloutRecord
-    patch: str = ""
-    tests: dict[str, str] = dataclasses.field(default_factory=dict)
-    log: str = ""
-    report: dict[str, Any] | None = None
-    trajectory: dict[str, Any] = dataclasses.field(default_factory=dict)
-    history_divergence: int = 0
-    event: str = ""
-    repeat: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """What the policy is to answer next, or how the rollout finished.
-
-    messages: what the scaffold added since its last query; empty at first when it has ended unasked.
-    """
-
-    messages: list[Message]
-    finished: Finished | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.finished is not None
 
 
 class Rollout:
@@ -582,12 +501,3 @@ def make_scaffold(config: ScaffoldConfig) -> Scaffold:
             hint="take another scaffold",
         )
     return scaffold
-
-
-def one_line(error: BaseException) -> str:
-    """An error as the one line of a record, with its class where the text alone says little."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MiniSandboxError):
-        hint = f" (hint: {error.hint})" if error.hint else ""
-        return text + hint
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

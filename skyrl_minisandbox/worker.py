@@ -23,9 +23,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyrl_minisandbox.errors import MiniSandboxError, NodeError
+from skyrl_minisandbox.errors import MiniSandboxError, NodeError, one_line
 from skyrl_minisandbox.record import EndedBy
-from skyrl_minisandbox.rollout import Rollout, RolloutRequest, Turn, one_line
+from skyrl_minisandbox.rollout import Rollout
+from skyrl_minisandbox.turn import RolloutRequest, Turn
 
 if TYPE_CHECKING:
     from skyrl_minisandbox.images import Cache, Store

@@ -124,7 +124,7 @@ def request(task: Task, **changes: Any) -> Any:
     import uuid
 
     from skyrl_minisandbox.config import ScaffoldConfig
-    from skyrl_minisandbox.rollout import RolloutRequest
+    from skyrl_minisandbox.turn import RolloutRequest
 
     scaffold = ScaffoldConfig(name="tests.small.Loop", options=changes.pop("options", {}))
     plain = RolloutRequest(rollout_id=f"{task.id}.{uuid.uuid4().hex[:8]}", task=task, scaffold=scaffold)

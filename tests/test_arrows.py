@@ -22,6 +22,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"node", "own_ray"}),
     frozenset({"worker"}),
     frozenset({"rollout"}),
+    frozenset({"turn"}),
     frozenset({"scaffolds", "rewards"}),
     frozenset({"policies", "images"}),
     frozenset({"sandbox"}),

@@ -18,7 +18,8 @@ from skyrl_minisandbox import rollout as rollout_module
 from skyrl_minisandbox.config import RewardConfig, RolloutConfig, ScaffoldConfig
 from skyrl_minisandbox.images import Cache, Store
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord
-from skyrl_minisandbox.rollout import Finished, Rollout, Turn
+from skyrl_minisandbox.rollout import Rollout
+from skyrl_minisandbox.turn import Finished, Turn
 from tests.small import GOLD, SOLVE, build_small_image, request, small_task
 from tests.support import needs
 

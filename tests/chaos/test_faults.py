@@ -20,10 +20,10 @@ from skyrl_minisandbox.config import EnvConfig, ScaffoldConfig, make_config
 from skyrl_minisandbox.node import MemoryKills, Node, NodeSetup
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.fault import Event
-from skyrl_minisandbox.rollout import Finished
 from skyrl_minisandbox.sandbox import Limits
 from skyrl_minisandbox.sandbox.limits import Cgroups
 from skyrl_minisandbox.tasks.task import Task
+from skyrl_minisandbox.turn import Finished
 from tests.ancestry import init_above, kill, launcher_above, marked, worker_above
 from tests.machine import Process, descendants
 from tests.small import SOLVE, Loop, build_small_image, request, small_task

@@ -11,9 +11,10 @@ from skyrl_minisandbox.config import GradingConfig, ScaffoldConfig
 from skyrl_minisandbox.images import Cache, Store
 from skyrl_minisandbox.images.sources import Sources
 from skyrl_minisandbox.record import Outcome
-from skyrl_minisandbox.rollout import Finished, Rollout
+from skyrl_minisandbox.rollout import Rollout
 from skyrl_minisandbox.sandbox import Limits
 from skyrl_minisandbox.tasks.task import Task
+from skyrl_minisandbox.turn import Finished
 from tests.rewards.bombs import DEADLY, LASTING, PASSING
 from tests.rewards.hacks.hack import patch_of
 from tests.rewards.hacks.project import FILES, GOLD_WEIGHTS

@@ -40,9 +40,10 @@ from skyrl_minisandbox.images import Cache, Store
 from skyrl_minisandbox.record import Outcome, RolloutRecord
 from skyrl_minisandbox.rewards import fault
 from skyrl_minisandbox.rewards.fault import Event, event_of, needs_its_own_worker, outcome_of, reward_of
-from skyrl_minisandbox.rollout import Finished, Rollout
+from skyrl_minisandbox.rollout import Rollout
 from skyrl_minisandbox.sandbox import Limits, shutdown_launcher
 from skyrl_minisandbox.tasks.task import Task
+from skyrl_minisandbox.turn import Finished
 from tests.ancestry import init_above, kill, launcher_above, marked
 from tests.machine import Process
 from tests.rewards.bombs import DEADLY, LASTING, PASSING

@@ -24,9 +24,10 @@ from skyrl_minisandbox.images import Cache, Store
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards import Canary, TestReport, memo
 from skyrl_minisandbox.rewards.memo import KEPT, NOTE, Memo, memo_at, memo_key
-from skyrl_minisandbox.rollout import Finished, Rollout
+from skyrl_minisandbox.rollout import Rollout
 from skyrl_minisandbox.sandbox import Limits
 from skyrl_minisandbox.tasks.task import Task
+from skyrl_minisandbox.turn import Finished
 from tests.small import SOLVE, build_small_image, request, small_task
 from tests.support import REPOSITORY, needs
 
