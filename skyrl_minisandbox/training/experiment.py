@@ -1,0 +1,80 @@
+"""What runs inside SkyRL's Ray task: its experiments with our Env registered and our generator.
+
+The task's code must be importable: what is defined in a `__main__` does not run where the task does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from skyrl.backends.skyrl_train.inference_servers.utils import resolve_policy_model_name
+from skyrl.train.entrypoints.main_base import BasePPOExp
+from skyrl.train.entrypoints.main_generate import EvalOnlyEntrypoint
+
+from skyrl_minisandbox.env import register, shutdown
+from skyrl_minisandbox.plugins import load_plugin
+from skyrl_minisandbox.training.config import TrainConfig
+
+EXPERIMENTS = {
+    "sync": f"{__name__}:Experiment",
+    "async": f"{__name__}:AsyncExperiment",
+    "generate": f"{__name__}:EvalExperiment",
+}
+
+
+class Experiment(BasePPOExp):  # type: ignore[misc]
+    """SkyRL's experiment: generate a batch, train on it, again."""
+
+    def get_generator(self, cfg: TrainConfig, tokenizer: Any, inference_engine_client: Any) -> Any:
+        from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator
+
+        return SkyRLGymGenerator(
+            generator_cfg=cfg.generator,
+            skyrl_gym_cfg=cfg.environment.skyrl_gym,
+            inference_engine_client=inference_engine_client,
+            tokenizer=tokenizer,
+            policy_model_name=resolve_policy_model_name(cfg),
+        )
+
+    def work(self) -> dict[str, Any] | None:
+        """All of it."""
+        self.run()
+        return None
+
+
+class AsyncExperiment(Experiment):
+    """Fully asynchronous: generation goes on while the trainer works. SkyRL asks for `trainer.fully_async.enabled`."""
+
+    def get_trainer(self, cfg: TrainConfig, **parts: Any) -> Any:
+        """SkyRL's asynchronous trainer, or its simulation (`trainer.fully_async.simulate_training`)."""
+        if cfg.trainer.fully_async.simulate_training:
+            from skyrl.train.fully_async_trainer_sim import FullyAsyncTrainerSim
+
+            return FullyAsyncTrainerSim(cfg=cfg, **parts)
+        from skyrl.train.fully_async_trainer import FullyAsyncRayPPOTrainer
+
+        return FullyAsyncRayPPOTrainer(cfg=cfg, **parts)
+
+
+class EvalExperiment(Experiment, EvalOnlyEntrypoint):  # type: ignore[misc]
+    """Only the rollouts of `data.val_data` and their figures."""
+
+    def work(self) -> dict[str, Any] | None:
+        client = self.get_inference_client()  # outside a loop: it runs one of its own
+        figures: dict[str, Any] = asyncio.run(self.run(client))
+        return figures
+
+
+def train(cfg: TrainConfig, mode: str) -> dict[str, Any] | None:
+    """The Ray task. mode: a key of `EXPERIMENTS`, or a dotted path to a subclass of `Experiment`.
+
+    Returns the figures of an evaluation. Every sandbox of the job is gone when it ends, whichever way.
+    """
+    experiment = load_plugin("mode", mode, EXPERIMENTS, export="a subclass of training.experiment.Experiment")
+    register()
+    try:
+        figures: dict[str, Any] | None = experiment(cfg).work()
+    finally:
+        shutdown()
+    return figures
