@@ -63,6 +63,19 @@ def test_images_on_different_bases_stand_side_by_side(make_layer: Callable[..., 
     assert store.find("r" * 64, base="three") is None
 
 
+def test_an_image_that_another_process_adds_is_found_without_opening_the_store_again(
+    make_layer: Callable[..., Layer], store: Store
+) -> None:
+    first = store.add(image_of(make_layer({"a": "1"}), recipe="1" * 64))
+    assert store.find("1" * 64) == first
+    assert store.find("2" * 64) is None
+    second = Store(store.path).add(image_of(make_layer({"a": "2"}), recipe="2" * 64))
+    assert store.find("2" * 64) == second
+    again = Store(store.path).add(image_of(make_layer({"a": "3"}), recipe="1" * 64))
+    assert store.find("1" * 64) == again != first
+    assert {image.digest for image in store.images()} == {second.digest, again.digest}
+
+
 def test_a_directory_with_other_files_is_not_taken_for_a_store(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(StoreNotInitialised, match="other files") as caught:

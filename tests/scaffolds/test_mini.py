@@ -22,7 +22,7 @@ from skyrl_minisandbox.policies.script import scripted_tasks
 from skyrl_minisandbox.record import EndedBy, Outcome
 from skyrl_minisandbox.rewards import grade
 from skyrl_minisandbox.sandbox import Limits, Sandbox
-from skyrl_minisandbox.scaffolds import load_scaffold
+from skyrl_minisandbox.scaffolds import load_scaffold, mini
 from skyrl_minisandbox.tasks import Task
 from tests.policies.server import Reply, scripted_server
 from tests.scaffolds.conftest import Place, Played, play
@@ -227,6 +227,7 @@ def test_importing_it_prints_and_leaves_nothing_and_brings_no_litellm(tmp_path: 
 
 def test_without_the_extra_the_command_that_brings_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minisweagent", None)
+    monkeypatch.setattr(mini, "_import_mini", mini._import_mini.__wrapped__)  # else read before, by another test
     with pytest.raises(InputError) as caught:
         load_scaffold("mini")
     assert caught.value.hint == "pip install 'skyrl-minisandbox[mini]'"
