@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 COMMON = (
-    ("tasks=pypi|swebench", "the dataset; tasks.ids=[a,b] for some of it, tasks.path=FILE"),
-    ("scaffold=mini|gold|empty|wrong", "the agent; a dotted path for one of your own"),
+    ("tasks=pypi|swebench|toy", "the dataset; tasks.ids=[a,b] for some of it, tasks.path=FILE"),
+    ("scaffold=mini|menu|gold|empty|wrong", "the agent; a dotted path for one of your own"),
     ("policy=script|openai", "who answers it; policy.base_url=URL policy.model=NAME"),
     ("reward=binary|fraction|shaped", "a grade as a number; grading=protected|official makes the grade"),
     ("cluster=ray|local", "where it runs; cluster.nodes=N"),

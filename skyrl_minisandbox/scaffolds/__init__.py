@@ -12,6 +12,7 @@ __all__ = ["Scaffold", "Submission", "load_scaffold", "scaffold_class"]
 
 SCAFFOLDS = {
     "mini": "skyrl_minisandbox.scaffolds.mini:MiniScaffold",
+    "menu": "skyrl_minisandbox.scaffolds.menu:MenuScaffold",
     "gold": "skyrl_minisandbox.scaffolds.gold:GoldScaffold",
     "empty": "skyrl_minisandbox.scaffolds.empty:EmptyScaffold",
     "wrong": "skyrl_minisandbox.scaffolds.wrong:WrongScaffold",

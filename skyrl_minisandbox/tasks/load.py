@@ -19,6 +19,7 @@ from skyrl_minisandbox.tasks.validation import passed_ids, read_validation, with
 FAMILIES = {
     "pypi": "skyrl_minisandbox.tasks.pypi:family",
     "swebench": "skyrl_minisandbox.tasks.swebench:family",
+    "toy": "skyrl_minisandbox.tasks.toy:family",
 }
 
 _THREADS = 8  # makers mostly wait for the package index

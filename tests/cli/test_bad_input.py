@@ -73,7 +73,7 @@ def test_an_unknown_choice(minisandbox: Command) -> None:
     assert (done.code, done.out) == (2, "")
     assert said(done.err) == (
         "minisandbox: unknown choice `scaffold=gould`\n"
-        "hint: did you mean `scaffold=gold`? choices: empty, gold, mini, wrong; "
+        "hint: did you mean `scaffold=gold`? choices: empty, gold, menu, mini, wrong; "
         "or a dotted path `package.module.Name`"
     )
 

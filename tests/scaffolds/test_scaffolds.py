@@ -43,7 +43,7 @@ def test_a_scaffold_is_named_shortly_or_by_a_dotted_path() -> None:
 
 
 def test_an_unknown_scaffold_lists_the_known() -> None:
-    with pytest.raises(PluginError, match="empty, gold, mini, wrong"):
+    with pytest.raises(PluginError, match="empty, gold, menu, mini, wrong"):
         load_scaffold("magic")
 
 
@@ -60,7 +60,7 @@ def test_an_unknown_key_lists_the_known() -> None:
 
 
 def test_only_gold_and_wrong_see_more_than_the_public_part() -> None:
-    assert {n for n in ("mini", "gold", "empty", "wrong") if scaffold_class(n).privileged} == {"gold", "wrong"}
+    assert {n for n in ("mini", "menu", "gold", "empty", "wrong") if scaffold_class(n).privileged} == {"gold", "wrong"}
     task = small_task()
     public = task.public()
     for name in ("gold", "wrong"):

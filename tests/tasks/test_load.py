@@ -64,7 +64,7 @@ def test_an_unknown_id_without_near_names_shows_what_there_is() -> None:
 
 
 def test_an_unknown_source_lists_the_known_ones() -> None:
-    with pytest.raises(PluginError, match="unknown task source `pipy`; known: pypi, swebench"):
+    with pytest.raises(PluginError, match="unknown task source `pipy`; known: pypi, swebench, toy"):
         load_tasks("pipy")
 
 
