@@ -16,7 +16,8 @@ NAME = "skyrl_minisandbox"
 
 # From the top down: a room may import rooms of lines below its own, and itself.
 LEVELS: tuple[frozenset[str], ...] = (
-    frozenset({"cli", "training"}),
+    frozenset({"cli"}),
+    frozenset({"training"}),
     frozenset({"env"}),
     frozenset({"cluster"}),
     frozenset({"node", "own_ray"}),

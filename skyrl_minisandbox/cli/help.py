@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skyrl_minisandbox.cli.tree import config_directory, groups, headline, keys
+from skyrl_minisandbox.cli.tree import TRAINING, Key, config_directory, groups, headline, keys
 
 if TYPE_CHECKING:
     from skyrl_minisandbox.cli.main import Verb
@@ -20,6 +22,18 @@ COMMON = (
     ("cluster=ray|local", "where it runs; cluster.nodes=N"),
     ("images.store=DIR images.cache=DIR", "where images lie"),
     ("out=DIR", "the run directory"),
+)
+
+
+TRAINING_COMMON = (
+    ("experiment=NAME", "a recipe over everything else: qwen3_8b_8gpu, cpu, …"),
+    ("model=qwen3_8b|…|DIR|ORG/NAME", "the model, and what of the rest goes with it"),
+    ("mode=sync|async|generate", "train, train while generating, or only evaluate"),
+    ("data.train_data=[FILE]", "what `minisandbox tasks export` wrote; data.val_data for the evaluation"),
+    ("trainer.… generator.…", "all of SkyRL's keys"),
+    ("scaffold=mini reward=binary", "as in `minisandbox rollout`"),
+    ("training.running=N", "rollouts at once, and what becomes of failed ones: training.*"),
+    ("out=DIR", "checkpoints, exports and logs; the same again continues"),
 )
 
 
@@ -51,7 +65,7 @@ def short_help(name: str, verb: Verb) -> str:
     if verb.keys or verb.options:
         lines += _columns([(f"{key}=…", sentence) for key, sentence in verb.keys.items()])
         lines += _columns(list(verb.options.items()))
-    lines += _columns(COMMON)
+    lines += _columns(TRAINING_COMMON if name == "train" else COMMON)
     lines += ["", f"`minisandbox {name} --help` prints every key with its default."]
     return "\n".join(lines)
 
@@ -59,17 +73,46 @@ def short_help(name: str, verb: Verb) -> str:
 def long_help(name: str, verb: Verb) -> str:
     """`minisandbox VERB --help`: the short one, then the configuration tree."""
     root = config_directory()
+    training = name == "train"
     lines = [*short_help(name, verb).splitlines()[:-2], "", "keys:"]
-    for key in keys(root / "config.yaml"):
+    for key in keys(root / ("train.yaml" if training else "config.yaml")):
         lines += _entry(f"{key.name}={key.default}", key.sentence)
-    for group, choices in groups().items():
+    for group, choices in groups(training=training).items():
         for choice in choices:
             path = root / group / f"{choice}.yaml"
-            lines += ["", f"{group}={choice}" if len(choices) > 1 else f"{group}:", *_wrap(headline(path), 2)]
-            for key in keys(path):
-                if key.name not in ("name", "kind", "mode"):
-                    lines += _entry(f"{group}.{key.name}={key.default}", key.sentence)
+            title = f"{group}={choice}" if len(choices) > 1 or group in TRAINING else f"{group}:"
+            lines += ["", title, *_wrap(headline(path), 2)]
+            for name_, key in _of_group(group, path):
+                lines += _entry(f"{name_}={key.default}", key.sentence)
+    if training:
+        lines += _skyrl_keys()
     return "\n".join(lines)
+
+
+def _of_group(group: str, path: Path) -> Iterator[tuple[str, Key]]:
+    """The keys of one choice and their names in the tree."""
+    for key in keys(path):
+        if group in TRAINING:  # they set keys of other groups
+            yield key.name, key
+        elif key.name not in ("name", "kind", "mode"):
+            yield f"{group}.{key.name}", key
+
+
+def _skyrl_keys() -> list[str]:
+    """SkyRL's own keys and sentences, of the version that is installed."""
+    lines = ["", "SkyRL's keys:"]
+    if importlib.util.find_spec("skyrl") is None:
+        return [*lines, "  shown where SkyRL is installed: pip install 'skyrl-minisandbox[skyrl]'"]
+    from skyrl_minisandbox.training.config import OURS, TrainConfig
+    from skyrl_minisandbox.training.declared import declared, flat, sentences
+
+    found = declared(TrainConfig, without=OURS)
+    said = sentences(TrainConfig)
+    for key, value in flat(found.defaults, found.open).items():
+        lines += _entry(f"{key}={'null' if value is None else value}", said.get(key, ""))
+        for inside, usual in found.optional.get(key, {}).items():
+            lines += _entry(f"{key}.{inside}={'null' if usual is None else usual}", said.get(f"{key}.{inside}", ""))
+    return lines
 
 
 def _columns(rows: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> list[str]:
@@ -96,20 +139,23 @@ def configuration_page() -> str:
         "",
         "`minisandbox VERB group=choice key=value …`. Where a group is a plug-in (`tasks`, `scaffold`,",
         "`policy`, `reward`) a dotted path `package.module.Name` may stand for the choice. The groups",
-        "`images`, `tasks`, `scaffold`, `reward`, `grading`, `sandbox`, `rollout` and `cluster` are also the keys",
-        "of the Env's configuration in SkyRL (`environment.skyrl_gym.minisandbox`).",
+        "`images`, `tasks`, `scaffold`, `reward`, `grading`, `sandbox`, `rollout`, `cluster` and `training` are also",
+        "the keys of the Env's configuration in SkyRL (`environment.skyrl_gym.minisandbox`). `model` and",
+        "`experiment` are groups of `minisandbox train` alone ([training.md](training.md)).",
         "",
         *_table((key.name, key.default, key.sentence) for key in keys(root / "config.yaml")),
+        "",
+        "## `train`",
+        "",
+        *_wrap(headline(root / "train.yaml"), 0),
+        "",
+        *_table((key.name, key.default, key.sentence) for key in keys(root / "train.yaml")),
     ]
-    for group, choices in groups().items():
+    for group, choices in groups(training=True).items():
         for choice in choices:
             path = root / group / f"{choice}.yaml"
             title = f"{group}={choice}" if len(choices) > 1 else group
-            rows = [
-                (f"{group}.{key.name}", key.default, key.sentence)
-                for key in keys(path)
-                if key.name not in ("name", "kind", "mode")
-            ]
+            rows = [(name, key.default, key.sentence) for name, key in _of_group(group, path)]
             lines += ["", f"## `{title}`", "", *_wrap(headline(path), 0)]
             lines += ["", *_table(rows)] if rows else []
     return "\n".join(lines) + "\n"

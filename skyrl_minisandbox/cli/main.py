@@ -20,7 +20,7 @@ class Verb(NamedTuple):
 
     summary: one line for `minisandbox -h`. words: the sub-verbs, if it has any.
     keys: keys that only this verb knows, with a sentence each; all others are the configuration's.
-    json: it prints data, and knows `--json`. options: further ones, with a sentence each.
+    json: it prints data, and knows `--json`. options: further ones, one or two words, with a sentence each.
     argument: what it takes beside keys, with a sentence: one word that is not `key=value`, or a file.
     """
 
@@ -70,6 +70,14 @@ VERBS: dict[str, Verb] = {
     "shell": Verb(
         "a shell in a sandbox of a task's image",
         keys={"task": "the id of the task", "command": "run this instead of an interactive shell"},
+    ),
+    "train": Verb(
+        "train a model with SkyRL",
+        options={
+            "--cfg job": "print the whole configuration, run nothing",
+            "--multirun": "several values of a key, as in seed=1,2,3: a run for each combination",
+            "-m": "the same",
+        },
     ),
 }
 
@@ -140,7 +148,7 @@ def _main(arguments: list[str]) -> int:
 def read(name: str, arguments: Sequence[str]) -> Request:
     """Take the arguments of a verb apart. Raises `InputError`."""
     verb = VERBS[name]
-    rest = list(arguments)
+    rest = _joined(verb, arguments)
     word = ""
     if verb.words:
         if not rest or rest[0] not in verb.words:
@@ -168,6 +176,18 @@ def read(name: str, arguments: Sequence[str]) -> Request:
         else:
             overrides.append(one)
     return Request(name, word, own, tuple(overrides), "--json" in rest, frozenset(rest) & set(verb.options), argument)
+
+
+def _joined(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    """The arguments, an option of two words as one: `--cfg job`, or `--cfg=job`."""
+    rest: list[str] = []
+    for one in arguments:
+        if rest and f"{rest[-1]} {one}" in verb.options:
+            rest[-1] += f" {one}"
+        else:
+            two = one.replace("=", " ", 1)
+            rest.append(two if one.startswith("-") and two in verb.options else one)
+    return rest
 
 
 def _end_on_signals() -> None:

@@ -49,6 +49,11 @@ def load_settings(overrides: Sequence[str]) -> Settings:
         tree: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise InputError(f"cannot resolve the configuration: {str(error).splitlines()[0]}") from error
+    if tree["policy"]["name"] == "inverted":
+        raise InputError(
+            "`policy=inverted` is the model that `minisandbox train` trains; here it has none to ask",
+            hint="policy=script, or policy=openai with a model that is served",
+        )
     env = make_config({key: value for key, value in tree.items() if key not in OWN})
     numbers = {key: _count(tree[key], key) for key in ("seed", "parallel", "builds")}
     if numbers["builds"] == 0:
