@@ -41,6 +41,7 @@ TRAINER = (
     "transformers==5.8.0",
     "hydra-core==1.3.2",
     "accelerate",
+    "cloudpickle",  # SkyRL falls back to pickle, which its own registries cannot be sent with
     "datasets",
     "fastapi",
     "jaxtyping",
