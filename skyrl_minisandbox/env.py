@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import skyrl_gym
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
+from skyrl_minisandbox import cluster as _cluster
 from skyrl_minisandbox.cluster import Cluster, connect
 from skyrl_minisandbox.config import EnvConfig, make_config
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, TaskError, one_line
@@ -30,7 +32,7 @@ from skyrl_minisandbox.policies.policy import Message
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
 from skyrl_minisandbox.rewards.fault import event_of, outcome_of, reward_of
 from skyrl_minisandbox.tasks.task import Task
-from skyrl_minisandbox.turn import Finished, RolloutRequest, Turn
+from skyrl_minisandbox.turn import CANCELLATION, Finished, RolloutRequest, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,20 @@ _SPECIAL = re.compile(
 """Special tokens at the end of a text: SkyRL's client decodes with them (facts of skyrl 0.3 to 0.4)."""
 
 
+class Episode:
+    """What our generator and its Env know of each other: handed in as `extras["episode"]`.
+
+    env: filled by the Env when it is made.
+    deadline: on the monotonic clock; a `step` after it ends the episode with `ended_by=time`. None: no such bound.
+    grade_on_close: `close` grades what is still open, with `ended_by=length`, instead of giving it up.
+    """
+
+    def __init__(self, *, deadline: float | None = None, grade_on_close: bool = False) -> None:
+        self.env: MiniSandboxEnv | None = None
+        self.deadline = deadline
+        self.grade_on_close = grade_on_close
+
+
 class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no type information
     """One rollout.
 
@@ -50,6 +66,7 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
         `max_turns`: answers before the episode is ended and graded; SkyRL sets it. A retry of a row that was an
         `infra_error` has `node`, of its record: not on this node where there are others; and `before`, the
         `event` of its metadata: what our processes die of twice is scored (see rewards/fault.py).
+        `episode`, an `Episode`, by our generator. `data_source` names the row's figures.
 
     Raises `InputError` here and nowhere later, for a config that cannot be.
     """
@@ -58,6 +75,9 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
         super().__init__()
         self.config = make_config(env_config)
         self.extras = dict(extras or {})
+        self.episode: Episode | None = self.extras.pop("episode", None)
+        if self.episode is not None:
+            self.episode.env = self
         self.max_turns = int(self.extras.get("max_turns") or self.config.rollout.turns)
         self.task: Task | None = None
         self.rollout_id = ""
@@ -79,6 +99,9 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
             self._cluster = shared_cluster(self.config)
             avoid = frozenset(filter(None, [self.extras.get("node")]))
             turn = self._cluster.open(self._request(self.task), avoid=avoid)
+            if self._closed and turn.finished is None:  # given up meanwhile, by another thread
+                self._cluster.close(self.rollout_id, grade=False)
+                raise NodeError("the episode was closed while it was opened")
         except Exception as error:
             turn = self._failed(error)
         self.finished = turn.finished
@@ -93,6 +116,9 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
         TestReport as JSON, None when nothing was graded), `trajectory`, `event` (why nothing could be graded).
         """
         self.turns += 1
+        deadline = self.episode.deadline if self.episode is not None else None
+        if deadline is not None and time.monotonic() >= deadline and not self._closed:
+            self._end(grade=True, ended_by=EndedBy.TIME)
         if self.finished is None:
             try:
                 if self._cluster is None or self._closed:
@@ -108,9 +134,10 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
         return BaseTextEnvStepOutput(observations=[], reward=self._reward(), done=True, metadata=self._metadata())
 
     def close(self) -> None:
-        """Give the episode up if it is not finished. Idempotent."""
-        self._end(grade=False)
-        self._closed = True
+        """Give the episode up if it is not finished; or grade it, where its `Episode` says so. Idempotent."""
+        grade = self.episode is not None and self.episode.grade_on_close and not self._closed
+        self._closed = True  # first: an `init` under way looks at it once the rollout is open
+        self._end(grade=grade)
 
     def get_metrics(self) -> dict[str, float]:
         """Figures of this episode. Their names end in how they go together; SkyRL sums any others."""
@@ -127,6 +154,8 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
             metrics["resolved_mean"] = float(record.outcome is Outcome.RESOLVED)
             metrics["tampered_mean"] = float(record.outcome is Outcome.TAMPERED)
             metrics["agent_error_mean"] = float(record.ended_by is EndedBy.ERROR)
+            if source := self.extras.get("data_source"):
+                metrics[f"{source}/resolved_mean"] = metrics["resolved_mean"]
         for stage, seconds in vars(record.seconds).items():
             metrics[f"{stage}_seconds_mean"] = seconds
             metrics[f"{stage}_seconds_max"] = seconds
@@ -145,8 +174,21 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
 
     def finish(self, ended_by: EndedBy = EndedBy.LENGTH) -> Finished | None:
         """End now and grade: the context is full, say. None where nothing was open. Never raises."""
-        self._end(grade=True, ended_by=ended_by)
+        if not self._closed:
+            self._end(grade=True, ended_by=ended_by)
         return self.finished
+
+    def longest(self, call: str, *, gradings: int = 1) -> float:
+        """Seconds that `init`, `step` or `close` can take at the very most, every wait inside having its deadline.
+
+        gradings: so many may come one after the other before this one has its turn.
+        """
+        bounds = self.config.rollout
+        if call == "init":
+            return bounds.setup + bounds.step + CANCELLATION + _cluster.NODE_START + 2 * _cluster.MARGIN
+        ending = (self._request(self.task).ending_seconds if self.task is not None else 0.0) + _cluster.MARGIN
+        step = bounds.step if call == "step" else 0.0
+        return step + bounds.setup + (gradings + 1) * ending + _cluster.MARGIN  # one of them once more, elsewhere
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -168,7 +210,7 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
         )
 
     def _end(self, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> None:
-        if self.finished is not None or self._cluster is None or self._closed:
+        if self.finished is not None or self._cluster is None:
             return
         try:
             turn = self._cluster.close(self.rollout_id, grade=grade, ended_by=ended_by)
@@ -202,7 +244,8 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
         record = self.finished.record
         if record.reward is not None:
             return record.reward
-        _warn_unmasked(record)
+        if self.episode is None:
+            _warn_unmasked(record)
         return 0.0
 
     def _metadata(self) -> dict[str, Any]:

@@ -117,3 +117,7 @@ def one_line(error: BaseException) -> str:
         hint = f" (hint: {error.hint})" if error.hint else ""
         return text + hint
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class InfraErrorsError(MiniSandboxError):
+    """Too many rollouts of a step failed for reasons of ours; the message counts the causes and the nodes."""

@@ -1,0 +1,217 @@
+"""Calls of `MiniSandboxGenerator` with real rollouts; run as a process, because torch may have to be stubbed.
+
+stdin: JSON with `path` (SkyRL's directory; "" where it is installed) and `calls`, each of which has
+
+    env         our config                      rows      see below
+    phase       `train` or `eval`               options   of SkyRL's GeneratorConfig
+    named       give trajectory ids (true)      cancel    cancel `generate` after so many seconds
+    together    so many of it at the same time (1); the last one's output is given
+
+A row has `task`, `group`, and `tries`: for each try of it, its answers. An answer is a text, or `{"do": WORD}`:
+`raise`, `hang`, `kill` (every worker process of the node, then answer `submit`), `empty`, `no_logprobs`, `wrong`.
+
+stdout: JSON of a list with what each call put out, or `{"error": class, "message": …}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import typing
+from typing import Any
+
+
+class Engine:
+    """Answers each session from its row; a retry of a row is the same session again."""
+
+    weight_version = 0
+
+    def __init__(self, tokenizer: Any, tries: dict[str, list[list[Any]]], config: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tries = tries
+        self._config = config
+        self._at = dict.fromkeys(tries, (0, 0))
+        self.asked = dict.fromkeys(tries, 0)
+        self.open: set[str] = set()
+        self.most_open = 0
+
+    async def generate(self, engine_input: Any, model: str | None = None) -> dict[str, Any]:
+        (session,) = engine_input["session_ids"]
+        name = session if session in self._tries else next(iter(self._tries))  # SkyRL's own names are random
+        attempt, turn = self._at[name]
+        self._at[name] = (attempt, turn + 1)
+        self.asked[name] += 1
+        self.open.add(session)
+        self.most_open = max(self.most_open, len(self.open))
+        await asyncio.sleep(0)
+        tries = self._tries[name]
+        answers = tries[min(attempt, len(tries) - 1)]
+        answer = answers[min(turn, len(answers) - 1)]
+        word = answer["do"] if isinstance(answer, dict) else ""
+        if word == "raise":
+            raise ConnectionError("the engine is gone")
+        if word == "hang":
+            await asyncio.sleep(3600)
+        if word == "kill":
+            await asyncio.get_running_loop().run_in_executor(None, kill_workers, self._config)
+        text = ("submit" if word else answer) + self._tokenizer.eos_token
+        tokens: Any = self._tokenizer.encode(text)
+        logprobs: Any = [-0.5] * len(tokens)
+        if word == "empty":
+            tokens, logprobs = [], []
+        if word == "no_logprobs":
+            logprobs = logprobs[:-1]
+        if word == "wrong":
+            tokens = None
+        return {
+            "responses": [text],
+            "response_ids": [tokens],
+            "stop_reasons": ["stop"],
+            "response_logprobs": [logprobs] if self._config["logprobs"] else None,
+            "prompt_logprobs": None,
+            "rollout_expert_indices": None,
+            "rollout_sample_support": None,
+        }
+
+    async def finish_session(self, session: str) -> None:
+        self.open.discard(session)
+        if session in self._at:
+            self._at[session] = (self._at[session][0] + 1, 0)
+
+
+def kill_workers(config: Any) -> None:
+    from skyrl_minisandbox.env import shared_cluster
+
+    for status in shared_cluster(config["env"]).status():
+        for pid in status.pids:
+            os.kill(pid, signal.SIGKILL)
+
+
+def call(given: dict[str, Any]) -> dict[str, Any]:
+    from skyrl.train.config import ChatTemplateConfig, GeneratorConfig, SamplingParams, SkyRLGymConfig
+    from skyrl.train.generators.base import BatchMetadata, TrajectoryID
+
+    import skyrl_minisandbox
+    from skyrl_minisandbox.config import EnvConfig, make_config
+    from skyrl_minisandbox.env import shared_cluster
+    from skyrl_minisandbox.errors import MiniSandboxError
+    from skyrl_minisandbox.training.generator import MiniSandboxGenerator
+    from tests.skyrl.chatml import ChatML
+
+    @dataclasses.dataclass
+    class GymConfig(SkyRLGymConfig):  # type: ignore[misc]
+        minisandbox: EnvConfig = dataclasses.field(default_factory=EnvConfig)
+
+    skyrl_minisandbox.register()
+    config = make_config(given["env"])
+    rows = given["rows"]
+    tokenizer = ChatML()
+    seen: dict[str, int] = {}
+    names = []
+    for row in rows:
+        names.append(TrajectoryID(row["group"], seen.setdefault(row["group"], 0)))
+        seen[row["group"]] += 1
+    tries = {name.to_string(): row["tries"] for name, row in zip(names, rows, strict=True)}
+    options = {
+        "max_turns": 8,
+        "batched": False,
+        "max_input_length": 100_000,
+        "sampling_params": SamplingParams(max_generate_length=1000, logprobs=given.get("logprobs", 1)),
+        **given.get("options", {}),
+    }
+    if "chat_template" in options:
+        options["chat_template"] = ChatTemplateConfig(**options["chat_template"])
+    engine = Engine(tokenizer, tries, {"env": config, "logprobs": given.get("logprobs", 1) is not None})
+    generator = MiniSandboxGenerator(
+        GeneratorConfig(**options),
+        GymConfig(max_env_workers=given.get("max_env_workers", 2), minisandbox=config),
+        engine,
+        tokenizer,
+    )
+    extras = [{"task": row["task"], "data_source": row.get("source", "toy")} for row in rows]
+    batch = {
+        "prompts": [[{"role": "user", "content": "the row's prompt"}] for _ in rows],
+        "env_classes": ["minisandbox"] * len(rows),
+        "env_extras": extras,
+        "sampling_params": None,
+        "trajectory_ids": names if given.get("named", True) else None,
+        "batch_metadata": BatchMetadata(global_step=0, training_phase=given.get("phase", "train")),
+    }
+
+    async def run() -> Any:
+        calls = [asyncio.ensure_future(generator.generate(batch)) for _ in range(given.get("together", 1))]
+        if "cancel" in given:
+            await asyncio.sleep(given["cancel"])
+            calls[-1].cancel()
+        return (await asyncio.gather(*calls))[-1]
+
+    started = time.monotonic()
+    try:
+        out = asyncio.run(run())
+    except MiniSandboxError as error:
+        out = {"error": type(error).__name__, "message": error.message}
+    except asyncio.CancelledError:
+        out = {"error": "CancelledError"}
+    told: dict[str, Any] = {
+        "seconds": time.monotonic() - started,
+        "open": sum(status.open for status in shared_cluster(config).status()),
+        "asked": engine.asked,
+        "sessions": sorted(engine.open),
+        "most_open": engine.most_open,
+        "extras": [sorted(each) for each in extras],
+    }
+    if "error" in out:
+        return {**told, **out}
+    check(given, out, options)
+    return {
+        **told,
+        "texts": [tokenizer.decode(ids) for ids in out["response_ids"]],
+        "response_ids": out["response_ids"],
+        "rewards": out["rewards"],
+        "loss_masks": out["loss_masks"],
+        "stop_reasons": out["stop_reasons"],
+        "logprobs": out["rollout_logprobs"],
+        "last": out["is_last_step"],
+        "owners": [name.to_string() for name in out["trajectory_ids"] or []],
+        "metrics": {key: float(value) for key, value in out["rollout_metrics"].items()},
+    }
+
+
+def check(given: dict[str, Any], out: Any, options: dict[str, Any]) -> None:
+    """What SkyRL's trainer asks of an output. It needs a real torch."""
+    if given.get("stubbed"):
+        return
+    from skyrl.train.utils.trainer_utils import validate_generator_output
+
+    validate_generator_output(len(given["rows"]), out, step_wise=options.get("step_wise_trajectories", False))
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    if request["path"]:
+        from tests.skyrl.episodes import stub_torch
+
+        sys.path.append(request["path"])
+        stub_torch()
+        if sys.version_info < (3, 12):  # pydantic takes only typing_extensions' there
+            import typing_extensions
+
+            typing.TypedDict = typing_extensions.TypedDict  # type: ignore[misc,assignment]
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    from skyrl_minisandbox.env import shutdown
+
+    try:
+        answers = [call({**each, "stubbed": bool(request["path"])}) for each in request["calls"]]
+    finally:
+        shutdown()
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
