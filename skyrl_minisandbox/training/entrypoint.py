@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from skyrl_minisandbox.errors import InputError, MachineError, MiniSandboxError
+from skyrl_minisandbox.errors import InputError, MachineError, MiniSandboxError, one_line
 
 WANTED = "skyrl>=0.3,<0.5"
 """Before 0.3 SkyRL has not the hooks that our generator needs."""
@@ -79,11 +79,13 @@ def _run(cfg: Any, mode: str) -> dict[str, Any] | None:
     from skyrl.train.utils import initialize_ray
 
     from skyrl_minisandbox.training.experiment import train
+    from skyrl_minisandbox.training.last_words import LastWords
 
     try:
         initialize_ray(cfg)
         # No retries: a second run of the whole job would not be what the user started, and would hide why.
-        job = ray.remote(num_cpus=1, max_retries=0)(train).remote(cfg, mode)
+        last_words = LastWords() if cfg.trainer.fully_async.enabled else None
+        job = ray.remote(num_cpus=1, max_retries=0)(train).remote(cfg, mode, last_words)
         try:
             figures: dict[str, Any] | None = ray.get(job)
         except (KeyboardInterrupt, SystemExit) as error:  # Ray's own handler of SIGTERM exits
@@ -93,7 +95,13 @@ def _run(cfg: Any, mode: str) -> dict[str, Any] | None:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MiniSandboxError):
                 raise error.cause from None
-            raise
+            raise  # not ours: with SkyRL's own trace
+        except ray.exceptions.RayError as error:
+            heard = last_words.heard() if last_words is not None else None
+            raise heard or MiniSandboxError(
+                f"the process of the job ended by itself: {one_line(error)}",
+                hint=f"its last lines are above; those of engines and workers in {cfg.trainer.log_path}",
+            ) from None
         return figures
     finally:
         ray.shutdown()

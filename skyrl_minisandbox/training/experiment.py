@@ -15,6 +15,8 @@ from skyrl.train.entrypoints.main_generate import EvalOnlyEntrypoint
 from skyrl_minisandbox.env import register, shutdown
 from skyrl_minisandbox.plugins import load_plugin
 from skyrl_minisandbox.training.config import TrainConfig
+from skyrl_minisandbox.training.generator import MiniSandboxGenerator
+from skyrl_minisandbox.training.last_words import LastWords
 
 EXPERIMENTS = {
     "sync": f"{__name__}:Experiment",
@@ -24,12 +26,17 @@ EXPERIMENTS = {
 
 
 class Experiment(BasePPOExp):  # type: ignore[misc]
-    """SkyRL's experiment: generate a batch, train on it, again."""
+    """SkyRL's experiment: generate a batch, train on it, again.
 
-    def get_generator(self, cfg: TrainConfig, tokenizer: Any, inference_engine_client: Any) -> Any:
-        from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator
+    last_words: told why the job ends, where its process may not live to tell.
+    """
 
-        return SkyRLGymGenerator(
+    last_words: LastWords | None = None
+
+    def get_generator(self, cfg: TrainConfig, tokenizer: Any, inference_engine_client: Any) -> TellingGenerator:
+        """Our generator."""
+        return TellingGenerator(
+            self.last_words,
             generator_cfg=cfg.generator,
             skyrl_gym_cfg=cfg.environment.skyrl_gym,
             inference_engine_client=inference_engine_client,
@@ -66,7 +73,24 @@ class EvalExperiment(Experiment, EvalOnlyEntrypoint):  # type: ignore[misc]
         return figures
 
 
-def train(cfg: TrainConfig, mode: str) -> dict[str, Any] | None:
+class TellingGenerator(MiniSandboxGenerator):
+    """Tells why it ends a job. last_words: None where nobody needs to be."""
+
+    def __init__(self, last_words: LastWords | None, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._last_words = last_words
+
+    async def generate(self, input_batch: Any, disable_tqdm: bool = False) -> Any:
+        """As its base class; SkyRL looks at the names of the parameters."""
+        try:
+            return await super().generate(input_batch, disable_tqdm)
+        except Exception as error:
+            if self._last_words is not None:
+                self._last_words.tell(error)
+            raise
+
+
+def train(cfg: TrainConfig, mode: str, last_words: LastWords | None = None) -> dict[str, Any] | None:
     """The Ray task. mode: a key of `EXPERIMENTS`, or a dotted path to a subclass of `Experiment`.
 
     Returns the figures of an evaluation. Every sandbox of the job is gone when it ends, whichever way.
@@ -74,7 +98,9 @@ def train(cfg: TrainConfig, mode: str) -> dict[str, Any] | None:
     experiment = load_plugin("mode", mode, EXPERIMENTS, export="a subclass of training.experiment.Experiment")
     register()
     try:
-        figures: dict[str, Any] | None = experiment(cfg).work()
+        job = experiment(cfg)
+        job.last_words = last_words
+        figures: dict[str, Any] | None = job.work()
     finally:
         shutdown()
     return figures
