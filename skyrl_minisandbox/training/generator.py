@@ -71,11 +71,12 @@ class Call:
     async def end(self) -> None:
         """Cancel what still runs, and wait until it has closed its Env."""
         self.over = True
-        for task in self.tasks:
+        tasks = {task for task in self.tasks if task is not asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=LET_GO + CLOSING)
-        for task in self.tasks:
+        if tasks:
+            await asyncio.wait(tasks, timeout=LET_GO + CLOSING)
+        for task in tasks:
             if task.done() and not task.cancelled():
                 task.exception()  # was told by the first that failed
 
@@ -178,6 +179,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         ]
         self._calls += 1
         try:
+            await self._admission()
             out = await super().generate({**input_batch, "env_extras": seats}, disable_tqdm)
             self._breaker.judge([row for row in call.rows if row.ours], alone=self._calls == 1)
         except BaseException:
@@ -207,17 +209,16 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
 
     async def _admission(self) -> Gates:
         """The gates of this event loop. Raises `MachineError` when the nodes have to be counted and none starts."""
-        training = self.config.training
-        running = training.running or await _in_thread("slots", lambda: shared_cluster(self.config).slots)
         loop = asyncio.get_running_loop()
-        if self._gates is None or self._gates.loop is not loop:
-            running = max(1, running)
-            grading = training.grading or max(1, running // 2)
+        if self._gates is not None and self._gates.loop is loop:
+            return self._gates
+        training = self.config.training
+        running = training.running or max(1, await _in_thread("slots", lambda: shared_cluster(self.config).slots))
+        if self._gates is None or self._gates.loop is not loop:  # another row may have been faster
+            half = max(1, running // 2)
+            starting, grading = training.starting or half, training.grading or half
             self._gates = Gates(
-                loop,
-                asyncio.Semaphore(running),
-                asyncio.Semaphore(training.starting or max(1, running // 2)),
-                -(-running // grading),
+                loop, asyncio.Semaphore(running), asyncio.Semaphore(starting), gradings=-(-running // grading)
             )
         return self._gates
 
@@ -368,7 +369,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
                 attempt.cut = env.finished is None
                 attempt.grade_on_close = attempt.answers > 0
             result = await self._bounded(env, name, lambda: func(*args, **kwargs))
-        if name == "close" and not attempt.answers and attempt.cut:
+        if name == "close" and not attempt.answers:
             # SkyRL asked the engine nothing: what the scaffold begins with is more than `max_input_length`.
             raise _PromptTooLong("the scaffold's first messages are longer than `generator.max_input_length`")
         return result

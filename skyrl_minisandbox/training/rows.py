@@ -140,7 +140,7 @@ def metrics(rows: list[Row], out: dict[str, Any], where: list[range], dropped: C
 
 
 def problem(entry: Any) -> str:
-    """What is wrong with one of SkyRL's outputs, which would fail the whole batch; "" when nothing is."""
+    """What is wrong with one of SkyRL's outputs for a rollout of ours, which would fail the whole batch; mostly ""."""
     ids, mask, logprobs, reward = entry.response_ids, entry.loss_mask, entry.rollout_logprobs, entry.reward
     if not ids:
         return "the policy answered nothing"
@@ -155,6 +155,8 @@ def problem(entry: Any) -> str:
         return f"a reward that is no number: {reward!r:.80}"
     if not _all_are(Integral, ids):
         return "a token that is no number"
+    if not (isinstance(entry.env_metrics, dict) and _all_are(Real, list(entry.env_metrics.values()))):
+        return f"figures that are no numbers: {entry.env_metrics!r:.80}"
     return ""
 
 
