@@ -107,7 +107,10 @@ def _our_dependencies() -> list[str]:
 
 
 def _venv(name: str, install: list[str], *, lines: list[str]) -> Path:
-    """A venv with these installed and these lines in a .pth; made again when either changes. One process at a time."""
+    """A venv with these installed and these lines in a .pth, one process at a time.
+
+    What is wanted beyond what there is gets added: somebody may be running in it.
+    """
     path = _cache() / name
     wanted = hashlib.sha256("\n".join([sys.version, *install, "", *lines]).encode()).hexdigest()
     stamp = path / "complete"
@@ -115,7 +118,8 @@ def _venv(name: str, install: list[str], *, lines: list[str]) -> Path:
         if stamp.is_file() and stamp.read_text() == wanted:
             return path
         print(f"making {path} (once)", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(path)], check=True, timeout=300)
+        if not stamp.is_file():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(path)], check=True, timeout=300)
         (packages,) = path.glob("lib/python3.*/site-packages")
         (packages / "minisandbox-tests.pth").write_text("".join(f"{line}\n" for line in lines))
         _pip(str(path / "bin" / "python"), *install)
@@ -139,7 +143,10 @@ def _cache() -> Path:
 def _pip(python: str, *arguments: str, target: Path | None = None) -> None:
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     into = [] if target is None else ["--target", str(target)]
-    subprocess.run([*command, *into, *arguments], check=True, timeout=1800)
+    done = subprocess.run([*command, *into, *arguments], capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        print(done.stdout + done.stderr, file=sys.stderr)
+        done.check_returncode()
 
 
 if __name__ == "__main__":
