@@ -1,0 +1,256 @@
+"""One cell of the fault table, run in a process with SkyRL's trainer (`tests.skyrl.process`): real generator, Env,
+cluster and sandboxes; something breaks under the last of four rollouts while the others are under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.machine import become_subreaper, descendants
+from tests.skyrl.engine import ScriptedEngine
+from tests.small import SOLVE, small_task
+from tests.training import saboteur
+from tests.training.saboteur import NONSENSE, VICTIM, Break, BrokenStore, SabotagedEnv
+
+ROWS = 4
+LAST = "1_1"
+"""The session of the victim: groups are 0 and 1, two rows each."""
+
+DEADLINES = {"step": 5.0, "setup": 6.0, "grade": 5.0}
+"""Seconds of `rollout.*`: what hangs is noticed in time for a test, what is slow on a busy machine is not."""
+
+TESTS = 4.0
+"""Seconds that the tests of a task may take."""
+
+ENGINE_TIME = 8.0
+"""Seconds of `training.time` where the engine breaks: nothing else ends what it does not answer."""
+
+
+def prepare() -> None:
+    """Deadlines that are minutes become seconds in this process; orphans become its children."""
+    import skyrl_gym
+    from skyrl_gym.envs.registration import EnvSpec
+
+    from skyrl_minisandbox import cluster, env, node, turn
+    from skyrl_minisandbox.training import generator
+
+    become_subreaper()
+    cluster.MARGIN = 1.0
+    cluster.NODE_START = 20.0
+    cluster.CANCELLATION = env.CANCELLATION = turn.CANCELLATION = 1.0
+    turn.PROBE = 1.0
+    node.ENDING = 2.0
+    generator.LET_GO = generator.CLOSING = 3.0
+    cluster.NodeActor = saboteur.SabotagedActor  # type: ignore[misc]
+    skyrl_gym.registry[env.ENV_ID] = EnvSpec(id=env.ENV_ID, entry_point="tests.training.saboteur:SabotagedEnv")
+
+
+def run(place: str, fault: str, times: str, method: str, env: dict[str, Any], directory: str) -> dict[str, Any]:
+    """What came of the cell.
+
+    times: `once` or `always`. method: of the Env that breaks. env: our config. directory: empty, of this cell alone.
+    """
+    prepare()
+    cell = _Cell(Break(place, fault, f"{directory}/struck" if times == "once" else ""), method, env, Path(directory))
+    try:
+        return asyncio.run(cell.run())
+    finally:
+        cell.end()
+
+
+class _Cell:
+    def __init__(self, breaks: Break, method: str, env: dict[str, Any], directory: Path) -> None:
+        from skyrl_minisandbox.config import make_config
+
+        self.breaks, self.method = breaks, method
+        store = directory / "store"
+        shutil.copytree(env["images"]["store"], store)
+        ray = breaks.place == "actor"
+        running = ROWS - 1 if breaks.place == "store" else ROWS  # the victim opens once the store is broken
+        self.config = make_config(
+            {
+                "images": {"store": str(store), "cache": env["images"]["cache"]},
+                "scaffold": "tests.training.saboteur.Saboteur",
+                "cluster": {"kind": "ray" if ray else "local", "workers": 2, "slots": 8},
+                "rollout": DEADLINES,
+                "grading": {"retries": 0},
+                "training": {
+                    "running": running,
+                    "grading": running,
+                    "time": ENGINE_TIME if breaks.place == "policy" else 600.0,
+                    "failed_group_policy": "mean",
+                    "max_infra_error_fraction": 0.3,
+                },
+                "out": str(directory / "run"),
+            }
+        )
+        self.store = BrokenStore(store, breaks.fault)
+        self.struck = asyncio.Event()
+        self.waiting = 0
+        self.before = {process.pid for process in descendants(os.getpid())}
+        SabotagedEnv.made = []
+        SabotagedEnv.after_init = self._after_init
+        saboteur.released.clear()
+
+    async def run(self) -> dict[str, Any]:
+        from skyrl.train.utils.trainer_utils import validate_generator_output
+
+        from tests.skyrl.tokenizers import make_test_tokenizer
+
+        tokenizer = make_test_tokenizer()
+        live = ["cat answer.sh", SOLVE, "submit"]
+        place = self.breaks.place
+        broken = ["cat answer.sh", str(self.breaks) if place in ("actor", "worker", "launcher") else "true", *live[1:]]
+        sessions = [f"{group}_{repetition}" for group in (0, 1) for repetition in (0, 1)]
+        answers = {session: live if session != LAST else broken for session in sessions}
+        engine = ScriptedEngine(tokenizer, answers, self._hook)
+        generator = make_generator(self.config, engine, tokenizer, max_turns=8)
+        batch = make_batch(sessions, [self._extras(session) for session in sessions])
+        started = time.monotonic()
+        error, out = "", None
+        try:
+            out = await generator.generate(batch, disable_tqdm=True)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        found: dict[str, Any] = {"seconds": time.monotonic() - started, "error": error, "rows": []}
+        if out is not None:
+            validate_generator_output(ROWS, out)
+            found["rows"] = [_row(out, number, engine, session) for number, session in enumerate(sessions)]
+            found["metrics"] = {
+                key: float(value) for key, value in out["rollout_metrics"].items() if key.startswith("minisandbox/")
+            }
+        found["open"] = await asyncio.get_running_loop().run_in_executor(None, self._open)
+        found["not_closed"] = [made.rollout_id for made in SabotagedEnv.made if not made._closed]
+        found["struck"] = self.struck.is_set() and (not self.breaks.flag or self._flagged())
+        return found
+
+    def _flagged(self) -> bool:
+        """A fault that strikes once has left its mark; of a store its breaking is."""
+        return self.breaks.place == "store" or os.path.exists(self.breaks.flag)
+
+    def _open(self) -> int:
+        """Rollouts that nodes still hold, a moment later: what was given up ends there when it can."""
+        from skyrl_minisandbox.env import shared_cluster
+
+        deadline = time.monotonic() + 5
+        while True:
+            nodes = shared_cluster(self.config).status()
+            count = sum(status.open for status in nodes)
+            if not count or time.monotonic() > deadline:
+                return count
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        """Let go of what hangs, end the cluster; nothing may be left of it."""
+        from skyrl_minisandbox.env import shutdown
+
+        saboteur.released.set()
+        if self.breaks.place == "store" and self.struck.is_set():
+            self.store.mend()
+        shutdown()
+        deadline = time.monotonic() + 10
+        while left := [line for line in descendants(os.getpid()) if line.pid not in self.before]:
+            assert time.monotonic() < deadline, f"left behind: {[str(line) for line in left]}"
+            time.sleep(0.05)
+
+    def _extras(self, session: str) -> dict[str, Any]:
+        if session != LAST:
+            return {"task": small_task(f"live-{session}", timeout=TESTS).model_dump_json()}
+        extras: dict[str, Any] = {"task": small_task(VICTIM, timeout=TESTS).model_dump_json()}
+        if self.breaks.place == "env":
+            extras["sabotage"] = {"method": self.method, "fault": self.breaks.fault, "flag": self.breaks.flag}
+        return extras
+
+    async def _hook(self, session: str, turn: int, text: str) -> Any:
+        """The others wait in their second turn until the fault has struck; then the policy's own faults."""
+        if session != LAST and turn == 1:
+            if self.breaks.place == "store":
+                self.waiting += 1
+                if self.waiting == ROWS - 1:
+                    self.store.break_()
+                    self.struck.set()
+            elif self.breaks.place == "env" and self.method in ("__init__", "init"):
+                self.struck.set()
+            try:
+                await asyncio.wait_for(self.struck.wait(), 5.0)
+            except TimeoutError:
+                pass
+        if self.breaks.place != "policy":
+            if session == LAST and turn == 2:
+                self.struck.set()
+            if session == LAST and turn == 1:
+                asyncio.get_running_loop().call_later(0.3, self.struck.set)
+            return None
+        dead = self.struck.is_set() and self.breaks.fault == "dies"
+        if dead or (session == LAST and turn == 1 and self.breaks.strikes("policy")):
+            self.struck.set()
+            return await _break_policy(self.breaks.fault)
+        return None
+
+    def _after_init(self, made: SabotagedEnv) -> None:
+        """A store that breaks once is mended when its victim's first try has failed."""
+        if self.breaks.place == "store" and made.finished is not None and self.breaks.flag:
+            self.store.mend()
+
+
+async def _break_policy(fault: str) -> Any:
+    if fault == "raises":
+        raise RuntimeError("a fault of the engine")
+    if fault == "dies":
+        raise ConnectionError("the engine is gone")
+    if fault == "hangs":
+        await asyncio.Event().wait()
+    if fault == "slow":
+        await asyncio.sleep(saboteur.SLOW)
+    return {"responses": NONSENSE, "response_ids": [None], "stop_reasons": ["stop"]} if fault == "wrong-type" else None
+
+
+def make_generator(config: Any, engine: Any, tokenizer: Any, *, max_turns: int, **more: Any) -> Any:
+    """Our generator. more: fields of SkyRL's GeneratorConfig."""
+    from skyrl.train.config import GeneratorConfig, SamplingParams
+
+    from skyrl_minisandbox.training.config import GymConfig
+    from skyrl_minisandbox.training.generator import MiniSandboxGenerator
+
+    fields = {"max_input_length": 100_000, **more}
+    sampling = SamplingParams(max_generate_length=1000, logprobs=1)
+    return MiniSandboxGenerator(
+        GeneratorConfig(max_turns=max_turns, batched=False, sampling_params=sampling, **fields),
+        GymConfig(max_env_workers=8, minisandbox=config),
+        engine,
+        tokenizer,
+    )
+
+
+def make_batch(sessions: list[str], extras: list[dict[str, Any]], phase: Any = "train") -> dict[str, Any]:
+    from skyrl.train.generators.base import BatchMetadata, TrajectoryID
+
+    split = [session.split("_") for session in sessions]
+    return {
+        "prompts": [[{"role": "user", "content": "the row's prompt"}] for _ in sessions],
+        "env_classes": ["minisandbox"] * len(sessions),
+        "env_extras": extras,
+        "sampling_params": None,
+        "trajectory_ids": [TrajectoryID(group, int(repetition)) for group, repetition in split],
+        "batch_metadata": BatchMetadata(global_step=1, training_phase=phase),
+    }
+
+
+def _row(out: dict[str, Any], number: int, engine: ScriptedEngine, session: str) -> dict[str, Any]:
+    ids, mask = out["response_ids"][number], out["loss_masks"][number]
+    trained = [token for token, one in zip(ids, mask, strict=True) if one]
+    sent = [token for answer in engine.last(session) for token in answer.ids] if session in engine.tries else []
+    return {
+        "session": session,
+        "reward": sum(out["rewards"][number]),
+        "masked": not any(mask),
+        "exact": trained == sent,
+        "tokens": len(ids),
+        "stop_reason": out["stop_reasons"][number],
+        "tries": len(engine.tries.get(session, [])),
+    }
