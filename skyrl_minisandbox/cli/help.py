@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from skyrl_minisandbox.cli.main import Verb
 
 WIDTH = 100
+MANY = 4
+"""Keys that a line of usage has no room for."""
 COMMON = (
     ("tasks=pypi|swebench|toy", "the dataset; tasks.ids=[a,b] for some of it, tasks.path=FILE"),
-    ("scaffold=mini|menu|gold|empty|wrong", "the agent; a dotted path for one of your own"),
+    ("scaffold=mini|gold|empty|wrong|…", "the agent; a dotted path for one of your own"),
     ("policy=script|openai", "who answers it; policy.base_url=URL policy.model=NAME"),
     ("reward=binary|fraction|shaped", "a grade as a number; grading=protected|official makes the grade"),
     ("cluster=ray|local", "where it runs; cluster.nodes=N"),
@@ -57,7 +59,8 @@ def short_help(name: str, verb: Verb) -> str:
     """`minisandbox VERB -h`."""
     word = f" {'|'.join(verb.words)}" if verb.words else ""
     own = f" {verb.argument[0]}" if verb.argument[0] else ""
-    own += "".join(f" {key}=…" for key in verb.keys) + "".join(f" [{option}]" for option in verb.options)
+    own += "".join(f" {key}=…" for key in verb.keys) if len(verb.keys) < MANY else " [key=…]"
+    own += "".join(f" [{option}]" for option in verb.options)
     lines = [f"usage: minisandbox {name}{word}{own}{' [--json]' if verb.json else ''} [group=choice key=value …]"]
     lines += ["", verb.summary, ""]
     if verb.argument[0]:

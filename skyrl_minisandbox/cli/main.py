@@ -39,9 +39,18 @@ VERBS: dict[str, Verb] = {
         options={"--sandbox": "try to break out of a sandbox in every way that we know"},
     ),
     "tasks": Verb(
-        "the tasks of a dataset",
-        words=("list", "show"),
-        keys={"task": "the id of the task to show"},
+        "the tasks of a dataset; `export` writes those that passed validation for SkyRL",
+        words=("list", "show", "export"),
+        keys={
+            "task": "show: the id of the task",
+            "validation": "export: a `validation.json`; `none`: take them unjudged",
+            "val_fraction": "export: the part for validation, 0 to 1; 0.1",
+            "split": "export: by `repository` (whole ones), or by `task`",
+            "match": "export: only ids in which this regular expression is found",
+            "min_tests": "export: at least so many tests",
+            "max_tests": "export: at most so many tests",
+            "max_characters": "export: of the problem statement, at most",
+        },
         json=True,
     ),
     "image": Verb(

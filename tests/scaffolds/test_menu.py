@@ -112,7 +112,7 @@ def test_an_answer_without_a_letter_is_asked_again_or_chooses_where_any_does(gam
 @needs("userns", "overlay", "git")
 def test_the_right_letters_are_paid_and_only_they(store_directory: Path, cache_directory: Path, game: Game) -> None:
     store, cache = Store(store_directory), Cache(cache_directory)
-    rows = read_toy_tasks(TASK_FILE)
+    rows = read_toy_tasks(TASK_FILE)[::2]  # the others differ in nothing that a sandbox sees; test_toy.py has all
     tasks = {task.id: task for task in load_tasks("toy")}
     image = build_image(tasks["toy-mean"].recipe, store=store, cache=cache)
     with cache.checkout(image, store) as checkout:
