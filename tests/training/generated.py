@@ -6,16 +6,20 @@ stdin: JSON with `path` (SkyRL's directory; "" where it is installed) and `calls
     phase       `train` or `eval`               options   of SkyRL's GeneratorConfig
     named       give trajectory ids (true)      cancel    cancel `generate` after so many seconds
     together    so many of it at the same time (1); the last one's output is given
+    margin      seconds that the driver adds to deadlines (60)
 
 A row has `task`, `group`, and `tries`: for each try of it, its answers. An answer is a text, or `{"do": WORD}`:
 `raise`, `hang`, `kill` (every worker process of the node, then answer `submit`), `empty`, `no_logprobs`, `wrong`.
+A row with `plain` is of another Env, which ends at its first step, or raises there when `plain` is `raise`.
 
-stdout: JSON of a list with what each call put out, or `{"error": class, "message": …}`.
+stdout: JSON of a list with what each call put out, or `{"error": class, "message": …}`. Where torch is real, that has
+been through SkyRL's own checks, and `trainer` has what its functions made of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import json
 import logging
@@ -25,6 +29,27 @@ import sys
 import time
 import typing
 from typing import Any
+
+from skyrl_gym.envs.base_text_env import BaseTextEnv
+
+from tests.skyrl.chatml import END, START, ChatML
+
+
+class Templated(ChatML):
+    """Also with a template that is handed in, of which it knows only that answers are marked in it."""
+
+    def apply_chat_template(self, conversation: Any, *, return_assistant_tokens_mask: bool = False, **more: Any) -> Any:
+        if not return_assistant_tokens_mask:
+            return super().apply_chat_template(conversation, **more)
+        ids: list[int] = []
+        masks: list[int] = []
+        for message in conversation:
+            whole = self.encode(f"{START}{message['role']}\n{message['content']}{END}\n")
+            head = len(self.encode(f"{START}{message['role']}\n"))
+            answer = message["role"] == "assistant"
+            ids += whole
+            masks += [int(answer and head <= place < len(whole) - 1) for place in range(len(whole))]
+        return {"input_ids": ids, "assistant_masks": masks}
 
 
 class Engine:
@@ -94,24 +119,28 @@ def kill_workers(config: Any) -> None:
 
 
 def call(given: dict[str, Any]) -> dict[str, Any]:
+    import skyrl_gym
     from skyrl.train.config import ChatTemplateConfig, GeneratorConfig, SamplingParams, SkyRLGymConfig
     from skyrl.train.generators.base import BatchMetadata, TrajectoryID
 
     import skyrl_minisandbox
+    from skyrl_minisandbox import cluster
     from skyrl_minisandbox.config import EnvConfig, make_config
     from skyrl_minisandbox.env import shared_cluster
     from skyrl_minisandbox.errors import MiniSandboxError
     from skyrl_minisandbox.training.generator import MiniSandboxGenerator
-    from tests.skyrl.chatml import ChatML
 
     @dataclasses.dataclass
     class GymConfig(SkyRLGymConfig):  # type: ignore[misc]
         minisandbox: EnvConfig = dataclasses.field(default_factory=EnvConfig)
 
     skyrl_minisandbox.register()
+    if "plain" not in skyrl_gym.registry:
+        skyrl_gym.register(id="plain", entry_point="tests.training.generated:Plain")
+    cluster.MARGIN = given.get("margin", 60.0)
     config = make_config(given["env"])
     rows = given["rows"]
-    tokenizer = ChatML()
+    tokenizer = Templated()
     seen: dict[str, int] = {}
     names = []
     for row in rows:
@@ -134,10 +163,11 @@ def call(given: dict[str, Any]) -> dict[str, Any]:
         engine,
         tokenizer,
     )
-    extras = [{"task": row["task"], "data_source": row.get("source", "toy")} for row in rows]
+    extras = [{"task": row["task"], "data_source": "toy", "plain": row.get("plain", "")} for row in rows]
+    before = copy.deepcopy(extras)
     batch = {
         "prompts": [[{"role": "user", "content": "the row's prompt"}] for _ in rows],
-        "env_classes": ["minisandbox"] * len(rows),
+        "env_classes": ["plain" if row.get("plain") else "minisandbox" for row in rows],
         "env_extras": extras,
         "sampling_params": None,
         "trajectory_ids": names if given.get("named", True) else None,
@@ -154,8 +184,8 @@ def call(given: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     try:
         out = asyncio.run(run())
-    except MiniSandboxError as error:
-        out = {"error": type(error).__name__, "message": error.message}
+    except (MiniSandboxError, ArithmeticError) as error:
+        out = {"error": type(error).__name__, "message": str(error)}
     except asyncio.CancelledError:
         out = {"error": "CancelledError"}
     told: dict[str, Any] = {
@@ -164,13 +194,14 @@ def call(given: dict[str, Any]) -> dict[str, Any]:
         "asked": engine.asked,
         "sessions": sorted(engine.open),
         "most_open": engine.most_open,
-        "extras": [sorted(each) for each in extras],
+        "extras_untouched": [{**each, "max_turns": None} for each in extras]
+        == [{**each, "max_turns": None} for each in before],
     }
     if "error" in out:
         return {**told, **out}
-    check(given, out, options)
     return {
         **told,
+        "trainer": None if given["stubbed"] else trainer(given, out, [name.instance_id for name in names], options),
         "texts": [tokenizer.decode(ids) for ids in out["response_ids"]],
         "response_ids": out["response_ids"],
         "rewards": out["rewards"],
@@ -183,13 +214,40 @@ def call(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check(given: dict[str, Any], out: Any, options: dict[str, Any]) -> None:
-    """What SkyRL's trainer asks of an output. It needs a real torch."""
-    if given.get("stubbed"):
-        return
-    from skyrl.train.utils.trainer_utils import validate_generator_output
+def trainer(given: dict[str, Any], out: Any, uids: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """What SkyRL's trainer does with an output; it raises where that cannot be."""
+    from skyrl.train.generators.utils import concatenate_generator_outputs, merge_stepwise_output
+    from skyrl.train.utils.trainer_utils import handle_dynamic_sampling, validate_generator_output, zero_variance_filter
 
-    validate_generator_output(len(given["rows"]), out, step_wise=options.get("step_wise_trajectories", False))
+    step_wise = options.get("step_wise_trajectories", False)
+    validate_generator_output(len(given["rows"]), out, step_wise=step_wise)
+    other = copy.deepcopy(out)
+    for name in {id(name): name for name in other["trajectory_ids"] or []}.values():
+        name.instance_id += " again"
+    twice = concatenate_generator_outputs([copy.deepcopy(out), other], step_wise=step_wise)
+    told = {"twice": {key: float(value) for key, value in twice["rollout_metrics"].items() if "/" in key}}
+    if step_wise:
+        told["merged"] = len(merge_stepwise_output(copy.deepcopy(out))["response_ids"])
+        uids = [name.instance_id for name in out["trajectory_ids"]]
+    wanted = {"type": "filter", "train_batch_size": 1, "n_samples_per_prompt": 2, "max_sample_batches": 1}
+    state = {"sample_batch_count": 1}
+    told["sampled"] = sorted(set(handle_dynamic_sampling(copy.deepcopy(out), uids, wanted, state)[1]))
+    rewards = [sum(reward) if isinstance(reward, list) else reward for reward in out["rewards"]]
+    kept = zero_variance_filter(rewards, uids, loss_masks=out["loss_masks"])
+    told["varied"] = sorted({uids[number] for number in kept if any(out["loss_masks"][number])})
+    return told
+
+
+class Plain(BaseTextEnv):  # type: ignore[misc]
+    def __init__(self, env_config: Any = None, extras: Any = None) -> None:
+        super().__init__()
+        self._raises = extras["plain"] == "raise"
+
+    def step(self, action: str) -> Any:
+        if self._raises:
+            time.sleep(1)  # the others are under way
+            raise ArithmeticError("another Env's fault")
+        return {"observations": [], "reward": 0.25, "done": True, "metadata": {}}
 
 
 def main() -> None:
