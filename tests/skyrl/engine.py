@@ -1,7 +1,7 @@
 """An inference engine that plays scripts, token by token, and remembers what it sent.
 
-Its tokens are not those that the tokenizer would make of the same text: a word is spelled in pieces. So whoever
-decodes and encodes again gets other ids, and shows.
+Unless asked otherwise its tokens are not those that the tokenizer would make of the same text: a word is spelled in
+pieces. So whoever decodes and encodes again gets other ids, and shows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ScriptedEngine:
     """Answers each session from its script, from the start again after the session was finished.
 
     answers: texts by session. before: awaited before each answer with (session, turn from 0, text); it may raise,
-    hang, or give what is handed out instead of the answer.
+    hang, or give what is handed out instead of the answer. canonical: the tokenizer's own tokens.
     """
 
     weight_version = 0
@@ -38,12 +38,12 @@ class ScriptedEngine:
         answers: dict[str, list[str]],
         before: Callable[[str, int, str], Awaitable[Any]] | None = None,
         *,
-        stop_reason: str = "stop",
+        canonical: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._answers = answers
         self._before = before
-        self._stop_reason = stop_reason
+        self._canonical = canonical
         self._random = random.Random(0)
         self.tries: dict[str, list[list[Sent]]] = {}
         self._open: set[str] = set()
@@ -71,7 +71,7 @@ class ScriptedEngine:
             # As the real client: special tokens are in the text.
             "responses": [self._tokenizer.decode(sent.ids) for sent in outputs],
             "response_ids": [list(sent.ids) for sent in outputs],
-            "stop_reasons": [self._stop_reason] * len(outputs),
+            "stop_reasons": ["stop"] * len(outputs),
             "response_logprobs": [list(sent.logprobs) for sent in outputs],
             "prompt_logprobs": None,
             "rollout_expert_indices": None,
@@ -88,6 +88,8 @@ class ScriptedEngine:
 
     def _spell(self, text: str) -> list[int]:
         """The text in tokens, cut at random places."""
+        if self._canonical:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
         ids: list[int] = []
         while text:
             length = self._random.randint(1, 5)

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.skyrl.environment import VERSIONS
-from tests.skyrl.process import TrainerProcess
-from tests.small import build_small_image
 from tests.support import needs
+from tests.training.conftest import Trainers
 
 pytestmark = [pytest.mark.night, needs("userns", "overlay", "git", "network")]
 
@@ -57,7 +56,7 @@ ALWAYS = {
 }
 """The same where it strikes at each try."""
 
-LIMIT = 100.0
+LIMIT = 150.0
 """Seconds for `generate()`: the longest deadline there is, of an Env that hangs, once."""
 
 QUICK = 40.0
@@ -96,21 +95,6 @@ def test_every_place_and_fault_has_a_row() -> None:
     assert {(cell.place, cell.fault) for cell in CELLS} | set(CANNOT) == {(p, f) for p in PLACES for f in FAULTS}
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[dict[str, TrainerProcess]]:
-    """By version; one that had to be killed is made anew."""
-    found: dict[str, TrainerProcess] = {}
-    yield found
-    for process in found.values():
-        process.close()
-
-
-@pytest.fixture(scope="module")
-def images(store_directory: Path, cache_directory: Path) -> dict[str, str]:
-    build_small_image(store_directory, cache_directory)
-    return {"store": str(store_directory), "cache": str(cache_directory)}
-
-
 def cases() -> Iterator[Any]:
     for version in VERSIONS:
         for cell in CELLS:
@@ -120,26 +104,19 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("version", "cell"), list(cases()))
 def test_a_fault_costs_no_row_but_its_own(
-    version: str, cell: Cell, processes: dict[str, TrainerProcess], images: dict[str, str], tmp_path: Path
+    version: str, cell: Cell, trainers: Trainers, small_images: dict[str, str], tmp_path: Path
 ) -> None:
-    if version not in processes:
-        processes[version] = TrainerProcess(version)
-    process = processes[version]
-    try:
-        found = process.call(
-            "tests.training.faults:run",
-            timeout=4 * LIMIT,
-            place=cell.place,
-            fault=cell.fault,
-            times=cell.times,
-            method=cell.method,
-            env={"images": images},
-            directory=str(tmp_path),
-        )
-    except AssertionError:
-        processes.pop(version).close()
-        raise
-    print(process.log())
+    found = trainers.call(
+        version,
+        "tests.training.faults:run",
+        timeout=2 * LIMIT,
+        place=cell.place,
+        fault=cell.fault,
+        times=cell.times,
+        method=cell.method,
+        env={"images": small_images},
+        directory=str(tmp_path),
+    )
     check(cell, found)
 
 
