@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ class CpuExperiment(Experiment):
     """
 
     def __init__(self, cfg: Any) -> None:
-        _refuse(cfg)
+        refuse(cfg)
         directory = Path(cfg.trainer.policy.model.path)
         if not (directory / "config.json").exists():
             write_model(directory, seed=cfg.trainer.seed)
@@ -264,12 +265,37 @@ class CpuExperiment(Experiment):
         return trainer
 
 
+class ShuffledExperiment(CpuExperiment):
+    """The control: the same training, but each batch's rewards are dealt out to its rollouts at random.
+
+    Their mean stays the policy's, so the curves compare; what is left of a rise is not learned from rewards.
+    """
+
+    def get_generator(self, cfg: Any, tokenizer: Any, inference_engine_client: Any) -> Any:
+        """Ours, with its rewards shuffled."""
+        return _Shuffled(super().get_generator(cfg, tokenizer, inference_engine_client), cfg.trainer.seed)
+
+
+class _Shuffled:
+    def __init__(self, generator: Any, seed: int) -> None:
+        self._generator = generator
+        self._random = random.Random(seed)
+
+    async def generate(self, input_batch: Any, *arguments: Any, **more: Any) -> Any:
+        found = await self._generator.generate(input_batch, *arguments, **more)
+        totals = [sum(tokens) for tokens in found["rewards"]]
+        self._random.shuffle(totals)
+        rows = zip(found["rewards"], totals, strict=True)
+        found["rewards"] = [[0.0] * (len(tokens) - 1) + [total] for tokens, total in rows]
+        return found
+
+
 def _parts(data: Batch, size: int) -> list[Batch]:
     return [data[start : start + size] for start in range(0, len(data["sequences"]), size)]
 
 
-def _refuse(cfg: Any) -> None:
-    """What this module does not do must not look as if it did."""
+def refuse(cfg: Any) -> None:
+    """What this module does not do must not look as if it did. Raises `InputError` that names the key."""
     algorithm = cfg.trainer.algorithm
     for key, value, allowed in (
         ("trainer.algorithm.use_kl_loss", algorithm.use_kl_loss, False),
