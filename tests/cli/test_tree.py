@@ -122,7 +122,8 @@ ALL_KEYS = "minisandbox VERB --help lists every key with its default"
         (
             ["scaffold=golf"],
             "unknown choice `scaffold=golf`",
-            "did you mean `scaffold=gold`? choices: empty, gold, menu, mini, wrong; or a dotted path `package.module.Name`",
+            "did you mean `scaffold=gold`? choices: empty, gold, menu, mini, wrong; "
+            "or a dotted path `package.module.Name`",
         ),
         (["cluster=yarn"], "unknown choice `cluster=yarn`", "choices: local, ray"),
         (["+seed=1"], "cannot read `+seed=1`", "write key=value, without `+`, `~` or `@`"),
