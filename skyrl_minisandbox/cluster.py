@@ -6,6 +6,9 @@ Placement: a node that has the image and a free slot, else the one with the most
 beyond all slots starts at once and is counted, because waiting inside SkyRL's bounded pool of env
 threads would deadlock it.
 
+Gradings do wait, in the order in which their rollouts ended: they load a machine most, and whoever waits for one holds
+its slot all the same, so that this line always moves. Waiting for it counts against no deadline.
+
 A grading that broke is repeated here, once, on another node where there is one: see `rewards.fault`.
 
 Actors belong to the process that made them: they end with it, so an attached Ray keeps nothing of ours.
@@ -33,6 +36,7 @@ from skyrl_minisandbox.node import Node, NodeActor, NodeSetup, NodeStatus
 from skyrl_minisandbox.own_ray import NAMESPACE, RayConnection
 from skyrl_minisandbox.record import EndedBy, Outcome
 from skyrl_minisandbox.turn import CANCELLATION, Finished, RolloutRequest, Turn
+from skyrl_minisandbox.waiting_line import WaitingLine
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Handle(Protocol):
     def open(self, request: RolloutRequest) -> Future[Turn]: ...
     def grade(self, request: RolloutRequest, patch: str) -> Future[Turn]: ...
     def step(self, rollout_id: str, text: str) -> Future[Turn]: ...
+    def judge(self, rollout_id: str) -> Future[Turn]: ...
     def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Future[Turn | None]: ...
 
 
@@ -82,7 +87,9 @@ class Cluster(abc.ABC):
     oversubscribed: rollouts that were started beyond the slots.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: EnvConfig) -> None:
+        self._config = config
+        self._gradings = WaitingLine(self._gradings_at_once)
         self.oversubscribed = 0
         self._lock = threading.Lock()  # guards what is below
         self._places: list[Place] = []
@@ -113,12 +120,14 @@ class Cluster(abc.ABC):
         turn = self._wait(
             rollout_id,
             lambda: place.handle.step(rollout_id, text),
-            request.bounds.step + request.ending_seconds,
+            request.bounds.step + request.stopping_seconds,
         )
-        return self._settled(request, place, turn)
+        return self._judged(request, place, turn)
 
     def close(self, rollout_id: str, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Turn | None:
         """End a rollout, graded or given up (None). Idempotent."""
+        if not grade:
+            self._gradings.send_away(rollout_id, NodeError("the rollout was given up"))
         with self._lock:
             placed = self._rollouts.get(rollout_id)
         if placed is None:
@@ -126,11 +135,11 @@ class Cluster(abc.ABC):
         place, request = placed
         try:
             turn = self._wait(
-                rollout_id, lambda: place.handle.close(rollout_id, grade, ended_by), request.ending_seconds
+                rollout_id, lambda: place.handle.close(rollout_id, grade, ended_by), request.stopping_seconds
             )
+            return None if turn is None else self._judged(request, place, turn)
         finally:
             self._forget(rollout_id)
-        return None if turn is None else self._settled(request, place, turn)
 
     @abc.abstractmethod
     def status(self) -> list[NodeStatus]:
@@ -158,6 +167,20 @@ class Cluster(abc.ABC):
             place.rollouts.add(request.rollout_id)
             self._rollouts[request.rollout_id] = (place, request)
             return place
+
+    def _gradings_at_once(self) -> int:
+        """Looked at whenever a grading begins or ends, so that it follows nodes that come and go."""
+        training = self._config.training
+        return training.grading or (training.running or self.slots) // 2
+
+    def _judged(self, request: RolloutRequest, place: Place, turn: Turn) -> Turn:
+        """The turn; where the scaffold has ended, with its grade. The first of this process to end is the first."""
+        if not turn.ungraded:
+            return turn
+        rollout_id = request.rollout_id
+        with self._gradings.turn(rollout_id):
+            turn = self._wait(rollout_id, lambda: place.handle.judge(rollout_id), request.judging_seconds)
+            return self._settled(request, place, turn)
 
     def _settled(self, request: RolloutRequest, place: Place, turn: Turn) -> Turn:
         """The turn; where its grading broke, with the grade of another node, or of another process of this one."""
@@ -241,7 +264,7 @@ class LocalCluster(Cluster):
     """One Node in this process, without Ray."""
 
     def __init__(self, config: EnvConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self._node = Node(_setup(config, os.uname().nodename))
         self._places.append(Place(self._node.setup.name, self._node.slots, self._node))
 
@@ -249,6 +272,7 @@ class LocalCluster(Cluster):
         return [self._node.status()]
 
     def shutdown(self) -> None:
+        self._gradings.close(_shut_down())
         self._node.shutdown()
 
     def _update(self) -> None:
@@ -262,8 +286,7 @@ class RayCluster(Cluster):
     """One actor per living Ray node."""
 
     def __init__(self, config: EnvConfig) -> None:
-        super().__init__()
-        self._config = config
+        super().__init__(config)
         self._ray = RayConnection(config)
         self._updating = threading.Lock()  # one look at the nodes at a time
         self._looked = -REFRESH
@@ -287,6 +310,7 @@ class RayCluster(Cluster):
         import ray
 
         self._closed = True
+        self._gradings.close(_shut_down())
         with self._lock:
             places, self._places = self._places, []
         if ray.is_initialized():
@@ -328,7 +352,7 @@ class RayCluster(Cluster):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise NodeError("the cluster has been shut down")
+            raise _shut_down()
         _expect_ray()
 
     def _start(self, node: dict[str, Any]) -> RayNode:
@@ -393,6 +417,10 @@ class RayNode:
         _expect_ray()
         return cast("Future[Turn]", self.actor.step.remote(rollout_id, text).future())
 
+    def judge(self, rollout_id: str) -> Future[Turn]:
+        _expect_ray()
+        return cast("Future[Turn]", self.actor.judge.remote(rollout_id).future())
+
     def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Future[Turn | None]:
         _expect_ray()
         return cast("Future[Turn | None]", self.actor.close.remote(rollout_id, grade, ended_by).future())
@@ -403,7 +431,11 @@ def _expect_ray() -> None:
     import ray
 
     if not ray.is_initialized():
-        raise NodeError("the cluster has been shut down")
+        raise _shut_down()
+
+
+def _shut_down() -> NodeError:
+    return NodeError("the cluster has been shut down")
 
 
 def is_lost(error: BaseException) -> bool:

@@ -92,6 +92,7 @@ class Node:
         self._lock = threading.Lock()  # guards all below
         self._workers: list[WorkerProcess] = []
         self._leases: dict[str, WorkerProcess] = {}
+        self._losses: dict[str, NodeError] = {}  # rollouts that were lost while nobody waited for them
         self._started = 0
         self._lost = 0
         self._ended = False
@@ -114,16 +115,29 @@ class Node:
         """Answer a rollout's question."""
         return self._watched(rollout_id, self._leased(rollout_id).call("step", rollout_id, text))
 
+    def judge(self, rollout_id: str) -> Future[Turn]:
+        """Grade a rollout that has ended, where it has run."""
+        return self._watched(rollout_id, self._leased(rollout_id).call("judge", rollout_id))
+
     def close(self, rollout_id: str, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Future[Turn | None]:
-        """End a rollout, graded or given up. One that is not open any more gives None."""
+        """End a rollout, to be graded or given up. One that is not open any more gives None."""
         with self._lock:
             worker = self._leases.get(rollout_id)
+            self._losses.pop(rollout_id, None)
         if worker is None:
             done: Future[Turn | None] = Future()
             done.set_result(None)
             return done
         future: Future[Turn | None] = worker.call("close", rollout_id, grade, ended_by)
-        future.add_done_callback(lambda _: self._end_lease(rollout_id))
+
+        def ended(done: Future[Turn | None]) -> None:
+            if done.exception() is None:
+                turn = done.result()
+                if turn is not None and turn.ungraded:
+                    return
+            self._end_lease(rollout_id)
+
+        future.add_done_callback(ended)
         return future
 
     def status(self) -> NodeStatus:
@@ -162,6 +176,8 @@ class Node:
 
     def _leased(self, rollout_id: str) -> WorkerProcess:
         with self._lock:
+            if rollout_id in self._losses:
+                raise self._losses.pop(rollout_id)
             if rollout_id not in self._leases:
                 raise NodeError(f"rollout {rollout_id} is not open on node {self.setup.name}")
             return self._leases[rollout_id]
@@ -177,6 +193,7 @@ class Node:
     def _end_lease(self, rollout_id: str) -> None:
         with self._lock:
             worker = self._leases.pop(rollout_id, None)
+            self._losses.pop(rollout_id, None)
             if worker is None:
                 return
             worker.rollouts -= 1
@@ -204,7 +221,7 @@ class Node:
         self._workers.append(worker)
         return worker
 
-    def _gone(self, worker: WorkerProcess) -> None:
+    def _gone(self, worker: WorkerProcess, why: NodeError) -> None:
         with self._lock:
             if worker not in self._workers:
                 return  # we ended it ourselves
@@ -213,6 +230,7 @@ class Node:
             lost = [rollout for rollout, owner in self._leases.items() if owner is worker]
             for rollout in lost:
                 del self._leases[rollout]
+                self._losses[rollout] = why
             self._replenish()
         logger.error("node %s: worker process %d is gone, %d rollouts lost", self.setup.name, worker.pid, len(lost))
 
@@ -246,7 +264,7 @@ class WorkerProcess:
         self,
         setup: WorkerSetup,
         log: Path,
-        on_gone: Callable[[WorkerProcess], None],
+        on_gone: Callable[[WorkerProcess, NodeError], None],
         on_stuck: Callable[[WorkerProcess], None],
     ) -> None:
         self.rollouts = 0  # guarded by the node's lock, as `draining` is
@@ -283,7 +301,7 @@ class WorkerProcess:
             if self._over is not None:
                 future.set_exception(self._over)
                 return future
-            if method in ("open", "grade"):
+            if method in ("open", "grade", "judge"):
                 self._memory.look()
             self._last_call += 1
             call = self._last_call
@@ -346,7 +364,7 @@ class WorkerProcess:
             calls, self._calls = self._calls, {}
             self._connection.close()
             self._socket.close()
-        self._on_gone(self)
+        self._on_gone(self, self._over)
         for future in calls.values():
             future.set_exception(self._over)
 
@@ -392,6 +410,9 @@ class NodeActor:
 
     async def step(self, rollout_id: str, text: str) -> Turn | MiniSandboxError:
         return await _outcome(lambda: self._node.step(rollout_id, text))
+
+    async def judge(self, rollout_id: str) -> Turn | MiniSandboxError:
+        return await _outcome(lambda: self._node.judge(rollout_id))
 
     async def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Turn | MiniSandboxError | None:
         return await _outcome(lambda: self._node.close(rollout_id, grade, ended_by))

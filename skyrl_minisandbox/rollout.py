@@ -1,4 +1,4 @@
-"""One episode on a node: open, step, close, abort.
+"""One episode on a node: open, step, close, judge, abort.
 
 The scaffold runs in a thread of its own and asks an `InvertedPolicy`; `step` answers it. How it ends:
 
@@ -7,6 +7,9 @@ The scaffold runs in a thread of its own and asks an `InvertedPolicy`; `step` an
     a step, or all steps, take too long       ended_by=time        graded
     the caller closes early (context is full) ended_by=length      graded when asked for
     the scaffold raises                       ended_by=error       graded if there is a patch
+
+Where that is a grade, `step` and `close` only take the patch and end the sandbox (`Turn.ungraded`); `judge` then runs
+the tests, when its caller thinks that the machine has room for it.
 
 What a failure is worth is decided by the table of rewards/fault.py. A sandbox that is gone is probed once: if a
 new one from the same image works, it ended by what was done in it; if not, the machine is at fault. A grading whose
@@ -18,16 +21,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
-import select
 import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from skyrl_minisandbox.config import ScaffoldConfig
 from skyrl_minisandbox.errors import (
-    InputError,
     MiniSandboxError,
     NodeError,
     PolicyError,
@@ -50,19 +49,26 @@ if TYPE_CHECKING:
     from skyrl_minisandbox.rewards import TestReport
     from skyrl_minisandbox.sandbox import Sandbox
     from skyrl_minisandbox.sandbox.client import LauncherClient
-    from skyrl_minisandbox.scaffolds.scaffold import Scaffold, Submission
+    from skyrl_minisandbox.scaffolds.scaffold import Submission
 
 logger = logging.getLogger(__name__)
-
-LAST_MOMENT = 1.0
-"""Seconds from the end of a launcher's first sandbox to its own."""
 
 LOG_KEPT = 256 << 10
 """Characters of a test log that travel to the driver: the tail, where test runners put their summary."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """What a scaffold left, to be graded. left_out: what of its work is not in the patch and why; mostly ""."""
+
+    patch: str
+    ended_by: EndedBy
+    error: str = ""
+    left_out: str = ""
+
+
 class Rollout:
-    """One episode. `open`, `step`, `close` come one after the other; `abort` at any time, from any thread."""
+    """One episode. `open`, `step`, `close`, `judge` come one after the other; `abort` at any time, from any thread."""
 
     def __init__(
         self, request: RolloutRequest, *, store: Store, cache: Cache, node: str, pools: Pools | None = None
@@ -70,7 +76,7 @@ class Rollout:
         self.request = request
         self.stuck = False  # its scaffold ignored the cancellation: the worker cannot be trusted any more
         self._store, self._cache, self._node, self._pools = store, cache, node, pools
-        self._serial = threading.Lock()  # one of open, step, close at a time
+        self._serial = threading.Lock()  # one of open, step, close, judge at a time
         self._boxes = threading.Lock()  # guards the three below
         self._sandboxes: list[Sandbox] = []
         self._aborted = False
@@ -84,6 +90,7 @@ class Rollout:
         self._error: BaseException | None = None
         self._seconds = Seconds()
         self._conversation: list[Message] = []
+        self._left: Left | None = None  # once it waits for `judge`
         self._turn: Turn | None = None  # the last one, once finished
 
     # -- verbs ------------------------------------------------------------------------------------
@@ -112,13 +119,13 @@ class Rollout:
             return Turn(messages or [])
 
     def step(self, text: str) -> Turn:
-        """Hand `text` to the scaffold; return what it asks next, or the graded end.
+        """Hand `text` to the scaffold; return what it asks next, or its end, which mostly is still to be graded.
 
-        A scaffold that has ended without asking is graded now, whatever the text.
+        A scaffold that has ended without asking ends now, whatever the text.
         """
         with self._serial:
-            if self._turn is not None:
-                return self._turn
+            if self._over is not None:
+                return self._over
             bounds = self.request.bounds
             started = time.monotonic()
             try:
@@ -143,23 +150,41 @@ class Rollout:
         with self._serial:
             try:
                 self._set_up()
-                return self._graded(patch, EndedBy.SUBMIT, "")
+                return self._graded(Left(patch, EndedBy.SUBMIT))
             except Exception as failure:
                 return self._fail(failure)
             finally:
                 self._ready.set()
                 self._policy.end()
-                self._close_sandboxes()
-                self._release()
+                self._let_go()
 
     def close(self, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Turn | None:
-        """End it now: graded, or given up (None). Idempotent; a finished rollout gives its end again."""
+        """End it now: to be graded, or given up (None). Idempotent; one that has ended gives its end again."""
         if not grade:
             self.abort()
         with self._serial:
-            if self._turn is None and grade and not self._aborted:
+            if self._over is None and grade and not self._aborted:
                 return self._finish(None if self._policy.wait_ended(0) else ended_by)
-            return self._turn
+            return self._over if grade else self._turn
+
+    def judge(self) -> Turn:
+        """Grade what the scaffold left. Never raises but for a rollout that has not ended (`NodeError`)."""
+        with self._serial:
+            if self._turn is not None:
+                return self._turn
+            if self._left is None:
+                raise NodeError(f"rollout {self.request.rollout_id} has not ended, so there is nothing to grade")
+            try:
+                return self._graded(self._left)
+            except Exception as failure:
+                return self._fail(failure)
+            finally:
+                self._let_go()
+
+    @property
+    def _over(self) -> Turn | None:
+        """The end, graded or not; None while it runs."""
+        return self._turn or (Turn([], ungraded=True) if self._left is not None else None)
 
     def abort(self) -> None:
         """Kill everything of it at once; whatever waits for it returns. Idempotent."""
@@ -176,9 +201,13 @@ class Rollout:
     # -- the scaffold's thread --------------------------------------------------------------------
 
     def _work(self) -> None:
+        from skyrl_minisandbox.scaffolds import load_scaffold
+        from skyrl_minisandbox.scaffolds.scaffold import check_invertible
+
         request = self.request
         try:
-            scaffold = make_scaffold(request.scaffold)
+            scaffold = load_scaffold(request.scaffold.name, **request.scaffold.options)
+            check_invertible(scaffold, request.scaffold.name)
             self._set_up()
             started = time.monotonic()
             sandbox = self._open_sandbox()
@@ -198,8 +227,7 @@ class Rollout:
             self._policy.end()
             # Given up while it was set up, or nobody answered for `idle`: nobody else will clean up.
             if self._aborted or isinstance(self._error, PolicyError):
-                self._close_sandboxes()
-                self._release()
+                self._let_go()
 
     def _set_up(self) -> None:
         from skyrl_minisandbox.sandbox.client import shared
@@ -222,7 +250,7 @@ class Rollout:
     # -- the end ----------------------------------------------------------------------------------
 
     def _finish(self, ended_by: EndedBy | None) -> Turn:
-        """Take the patch, end the sandbox, grade. `ended_by` None: the scaffold's own ending."""
+        """Take the patch, end the sandbox. `ended_by` None: the scaffold's own ending."""
         try:
             self._stop_scaffold(ended_by)
             submission = self._submission
@@ -238,14 +266,14 @@ class Rollout:
                 if not self._node_is_healthy():
                     raise
                 return self._ungraded(Event.SANDBOX_ENDED, ended_by, error or one_line(gone))
-            if self._sandbox is not None:
-                self._sandbox.close()  # the agent's sandbox goes before grading starts
-            return self._graded(patch, ended_by, error, left_out)
+            self._left = Left(patch, ended_by, error, left_out)
+            return Turn([], ungraded=True)
         except Exception as failure:
             return self._fail(failure)
         finally:
-            self._close_sandboxes()
-            self._release()
+            self._close_sandboxes()  # the agent's goes before grading starts
+            if self._left is None:
+                self._release()
 
     def _take_patch(self, submission: Submission | None) -> tuple[str, str]:
         """The patch, and what of the agent's work is not in it and why; mostly ""."""
@@ -259,21 +287,21 @@ class Rollout:
             taken = take_patch(sandbox, self._open_sandbox, workdir)
             return taken.patch, taken.left_out
 
-    def _graded(self, patch: str, ended_by: EndedBy, error: str, left_out: str = "") -> Turn:
+    def _graded(self, left: Left) -> Turn:
         from skyrl_minisandbox.rewards import load_reward
 
         request = self.request
         reward = load_reward(request.reward.name, **request.reward.options)
-        report = self._verdict(patch, reward.needs)
+        report = self._verdict(left.patch, reward.needs)
         if report.sandbox_died and not self._node_is_healthy():
             raise SandboxGone(report.error)
-        told = f"not in the patch: {left_out}" if left_out else ""
+        told = f"not in the patch: {left.left_out}" if left.left_out else ""
         return self._end(
             report.outcome,
-            ended_by,
+            left.ended_by,
             reward(report),
-            error or "; ".join(filter(None, (report.error, told))),
-            patch=patch,
+            left.error or "; ".join(filter(None, (report.error, told))),
+            patch=left.patch,
             report=report,
             repeat=report.sandbox_died,
         )
@@ -348,7 +376,9 @@ class Rollout:
         """Nothing could be graded, for a reason of ours unless the same row brings it about again."""
         if self._aborted and isinstance(error, SandboxError):
             error = NodeError("the rollout was given up")
-        event = self._event_of(error)
+        event = fault.event_of(error)
+        if isinstance(error, SandboxError) and self._launcher is not None and self._launcher.has_ended():
+            event = Event.LAUNCHER_LOST  # what an exception says is less than what can be seen beside it
         outcome = fault.outcome_of(event, self.request.before)
         turn = self._end(outcome, EndedBy.ERROR, fault.reward_of(outcome), one_line(error), event=event)
         self.abort()
@@ -357,12 +387,6 @@ class Rollout:
             for layer in self._cache.verify():
                 logger.error("rollout %s: layer %s of the cache was damaged", self.request.rollout_id, layer)
         return turn
-
-    def _event_of(self, error: BaseException) -> Event:
-        """The row of the table: what an exception says, and what can be seen beside it."""
-        if isinstance(error, SandboxError) and self._launcher is not None and has_ended(self._launcher):
-            return Event.LAUNCHER_LOST
-        return fault.event_of(error)
 
     def _end(
         self,
@@ -396,9 +420,7 @@ class Rollout:
             "messages": list(self._conversation),
             "scaffold_trajectory": self._submission.trajectory if self._submission is not None else None,
         }
-        whole = None
-        if report is not None:
-            whole = dataclasses.replace(report, log=report.log[-LOG_KEPT:]).to_json()
+        whole = dataclasses.replace(report, log=report.log[-LOG_KEPT:]).to_json() if report is not None else None
         self._turn = Turn(
             [],
             Finished(
@@ -462,6 +484,10 @@ class Rollout:
             with contextlib.suppress(MiniSandboxError):
                 sandbox.close()
 
+    def _let_go(self) -> None:
+        self._close_sandboxes()
+        self._release()
+
     def _release(self) -> None:
         with self._boxes:
             checkout, self._checkout = self._checkout, None
@@ -471,33 +497,3 @@ class Rollout:
 
 class _Late(SandboxGone):
     """Its sandboxes were closed by us, because what they did took too long."""
-
-
-def has_ended(launcher: LauncherClient) -> bool:
-    """Whether it is dead. Its sandboxes may be seen to end a moment before it can be seen itself."""
-    try:
-        process = os.pidfd_open(launcher.pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return not launcher.alive or bool(select.select([process], [], [], LAST_MOMENT)[0])
-    finally:
-        os.close(process)
-
-
-def make_scaffold(config: ScaffoldConfig) -> Scaffold:
-    """The scaffold, refused by name where it cannot be turned inside out. Raises `InputError`."""
-    from skyrl_minisandbox.scaffolds import load_scaffold
-
-    scaffold = load_scaffold(config.name, **config.options)
-    if not scaffold.history_only_grows:
-        raise InputError(
-            f"scaffold `{config.name}` rewrites its history, which the trainer's token stream cannot follow",
-            hint="switch its history processing off, or take another scaffold",
-        )
-    if scaffold.needs_network:
-        raise InputError(
-            f"scaffold `{config.name}` needs a network, and a rollout's sandbox has none",
-            hint="take another scaffold",
-        )
-    return scaffold

@@ -48,9 +48,19 @@ class RolloutRequest:
         return self.task.tests.timeout * runs + self.bounds.grade
 
     @property
+    def stopping_seconds(self) -> float:
+        """The most that a node takes to end a scaffold and to take its patch, and a probe after it."""
+        return CANCELLATION + self.bounds.grade + PROBE
+
+    @property
+    def judging_seconds(self) -> float:
+        """The most that a node takes for the grade, and a probe after it."""
+        return self.grading_seconds + PROBE
+
+    @property
     def ending_seconds(self) -> float:
-        """The most that a node takes to end a rollout: its scaffold, its patch, its grade, a probe after each."""
-        return CANCELLATION + self.bounds.grade + self.grading_seconds + 2 * PROBE
+        """The most that a node takes to end a rollout, once it is its turn to be graded."""
+        return self.stopping_seconds + self.judging_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +90,16 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What the policy is to answer next, or how the rollout finished.
+    """What the policy is to answer next, or how the rollout finished, or that only its grade is missing.
 
     messages: what the scaffold added since its last query; empty at first when it has ended unasked.
+    ungraded: its patch is taken and its sandbox gone; `judge` gives the grade. A node only says so to `Cluster`,
+        which sees to it that not too many are graded at once.
     """
 
     messages: list[Message]
     finished: Finished | None = None
+    ungraded: bool = False
 
     @property
     def done(self) -> bool:

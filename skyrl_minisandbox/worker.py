@@ -87,6 +87,11 @@ class Worker:
         rollout = self._rollout(rollout_id)
         return self._guarded(rollout, lambda: rollout.step(text))
 
+    def judge(self, rollout_id: str) -> Turn:
+        """Grade a rollout that has ended."""
+        rollout = self._rollout(rollout_id)
+        return self._guarded(rollout, rollout.judge)
+
     def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Turn | None:
         """End a rollout; None where it was given up, or is not known (any more)."""
         with self._lock:
@@ -94,7 +99,10 @@ class Worker:
         if rollout is None:
             return None
         turn = rollout.close(grade=grade, ended_by=ended_by)
-        self._forget(rollout)
+        if turn is None or turn.done:
+            self._forget(rollout)
+        elif rollout.stuck:
+            self._notify(STUCK)
         return turn
 
     def end(self) -> None:
@@ -139,6 +147,8 @@ class Worker:
             raise
         if turn.done:
             self._forget(rollout)
+        elif rollout.stuck:
+            self._notify(STUCK)  # its grade is still to come, and may be long in coming
         return turn
 
     def _forget(self, rollout: Rollout) -> None:
@@ -168,6 +178,7 @@ def serve(connection: Connection) -> None:
         "grade": worker.grade,
         "step": worker.step,
         "close": worker.close,
+        "judge": worker.judge,
         "end": worker.end,
     }
 

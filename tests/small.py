@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
+from skyrl_minisandbox.config import ScaffoldConfig
 from skyrl_minisandbox.images.recipe import Recipe
 from skyrl_minisandbox.policies.policy import Policy
+from skyrl_minisandbox.record import EndedBy
+from skyrl_minisandbox.rollout import Rollout
 from skyrl_minisandbox.sandbox import Sandbox
 from skyrl_minisandbox.scaffolds.scaffold import Scaffold, Submission
 from skyrl_minisandbox.tasks.task import PublicTask, Task, Tests
+from skyrl_minisandbox.turn import RolloutRequest, Turn
 
 _GIT = "git -c user.name=test -c user.email=test@example.invalid"
 
@@ -111,6 +116,18 @@ class Loop(Scaffold):
             messages.append({"role": "user", "content": f"exit code {result.exit_code}\n{result.output}"})
 
 
+class AtOnce(Rollout):
+    """A rollout as a `Cluster` drives it where no other is being graded: what it leaves is judged at once."""
+
+    def step(self, text: str) -> Turn:
+        turn = super().step(text)
+        return self.judge() if turn.ungraded else turn
+
+    def close(self, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Turn | None:
+        turn = super().close(grade=grade, ended_by=ended_by)
+        return self.judge() if turn is not None and turn.ungraded else turn
+
+
 class Rewriting(Loop):
     history_only_grows = False
 
@@ -121,11 +138,6 @@ class Networked(Loop):
 
 def request(task: Task, **changes: Any) -> Any:
     """A `RolloutRequest` for the loop."""
-    import uuid
-
-    from skyrl_minisandbox.config import ScaffoldConfig
-    from skyrl_minisandbox.turn import RolloutRequest
-
     scaffold = ScaffoldConfig(name="tests.small.Loop", options=changes.pop("options", {}))
     plain = RolloutRequest(rollout_id=f"{task.id}.{uuid.uuid4().hex[:8]}", task=task, scaffold=scaffold)
     return dataclasses.replace(plain, **changes)

@@ -34,6 +34,7 @@ PLAIN: dict[str, frozenset[str]] = {
     "record": frozenset(),
     "plugins": frozenset({"errors"}),
     "claims": frozenset(),
+    "waiting_line": frozenset({"errors"}),
     "config": frozenset({"errors", "sandbox.spec"}),
     "tasks": frozenset({"errors", "record", "plugins", "config", "images.recipe", "images.sources"}),
 }

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from skyrl_minisandbox.errors import NodeError
+from skyrl_minisandbox.errors import NodeError, WorkerLost
 from skyrl_minisandbox.node import Node, NodeSetup
 from skyrl_minisandbox.record import EndedBy
+from skyrl_minisandbox.turn import Finished
 from tests.machine import descendants
 from tests.small import SOLVE, build_small_image, request, small_task
 from tests.support import REPOSITORY, needs
@@ -52,13 +53,20 @@ def gone(pid: int) -> bool:
     return bool(ready)
 
 
+def ended(node: Node, rollout_id: str, text: str) -> Finished:
+    """A rollout that ends with this answer, graded at once."""
+    assert node.step(rollout_id, text).result(SECONDS).ungraded
+    finished = node.judge(rollout_id).result(SECONDS).finished
+    assert finished is not None
+    return finished
+
+
 def test_a_rollout_goes_through_a_worker_process(node: Node, tmp_path: Path) -> None:
     asked = request(small_task())
     assert [m["role"] for m in node.open(asked).result(SECONDS).messages] == ["system", "user"]
     assert node.status().open == 1
     node.step(asked.rollout_id, SOLVE).result(SECONDS)
-    finished = node.step(asked.rollout_id, "submit").result(SECONDS).finished
-    assert finished is not None
+    finished = ended(node, asked.rollout_id, "submit")
     assert (finished.record.reward, finished.record.node) == (1.0, "here")
     assert node.status().open == 0
     assert sorted(p.name for p in (tmp_path / "logs" / "here").iterdir()) == ["worker-1.log", "worker-2.log"]
@@ -70,7 +78,10 @@ def test_more_rollouts_than_slots_start_at_once(node: Node) -> None:
     assert all(future.result(SECONDS).messages for future in futures)
     assert (node.status().open, node.status().slots) == (5, 3)
     ends = [node.close(each.rollout_id, True, EndedBy.LENGTH) for each in asked]
-    assert {end.result(SECONDS).finished.record.task_id for end in ends} == {f"small-{n}" for n in range(5)}  # type: ignore[union-attr]
+    assert all(end.result(SECONDS).ungraded for end in ends)  # type: ignore[union-attr]
+    assert node.status().open == 5  # until they are graded
+    grades = [node.judge(each.rollout_id) for each in asked]
+    assert {grade.result(SECONDS).finished.record.task_id for grade in grades} == {f"small-{n}" for n in range(5)}  # type: ignore[union-attr]
     assert node.status().open == 0
 
 
@@ -81,7 +92,7 @@ def test_ready_sandboxes_go_with_the_node(setup: NodeSetup) -> None:
         assert future.result(SECONDS).messages
     for each in asked:
         node.step(each.rollout_id, SOLVE).result(SECONDS)
-        assert node.step(each.rollout_id, "submit").result(SECONDS).finished.record.reward == 1.0  # type: ignore[union-attr]
+        assert ended(node, each.rollout_id, "submit").record.reward == 1.0
     below = [process.pid for pid in node.status().pids for process in descendants(pid)]
     assert below
     node.shutdown()
@@ -113,11 +124,26 @@ def test_a_killed_worker_loses_its_rollouts_and_no_others_and_is_replaced(node: 
     with pytest.raises(NodeError, match="is not open"):
         node.step(first.rollout_id, "true")
     assert node.step(second.rollout_id, SOLVE).result(SECONDS).messages
-    assert node.step(second.rollout_id, "submit").result(SECONDS).finished.record.reward == 1.0  # type: ignore[union-attr]
+    assert ended(node, second.rollout_id, "submit").record.reward == 1.0
     status = node.status()
     assert (status.lost_workers, len(status.pids), victim.pid in status.pids) == (1, 2, False)
     third = request(small_task("small-3"))
     assert node.open(third).result(SECONDS).messages
+
+
+def test_a_worker_that_is_killed_while_its_rollouts_wait_for_a_grade_loses_them(node: Node) -> None:
+    asked = request(small_task())
+    node.open(asked).result(SECONDS)
+    node.step(asked.rollout_id, SOLVE).result(SECONDS)
+    assert node.step(asked.rollout_id, "submit").result(SECONDS).ungraded
+    worker = node._leases[asked.rollout_id]
+    os.kill(worker.pid, signal.SIGKILL)
+    assert gone(worker.pid)
+    with pytest.raises(WorkerLost, match="SIGKILL"):  # whether its end is known by now or not
+        node.judge(asked.rollout_id).result(SECONDS)
+    assert node.status().open == 0
+    with pytest.raises(NodeError, match="is not open"):
+        node.judge(asked.rollout_id)
 
 
 @pytest.mark.ci
@@ -130,11 +156,12 @@ def test_a_stuck_scaffold_costs_its_worker_and_not_the_rollouts_beside_it(node: 
         node.open(each).result(SECONDS)
     beside = next(each for each in others if node._leases[each.rollout_id] is worker)
     end = node.close(deaf.rollout_id, True, EndedBy.LENGTH).result(SECONDS)
-    assert end is not None and end.done
+    assert end is not None and end.ungraded
+    assert node.judge(deaf.rollout_id).result(SECONDS).done
     assert worker.pid in node.status().pids  # it drains
     assert len(node.status().pids) == 3
     node.step(beside.rollout_id, SOLVE).result(SECONDS)
-    assert node.step(beside.rollout_id, "submit").result(SECONDS).finished.record.reward == 1.0  # type: ignore[union-attr]
+    assert ended(node, beside.rollout_id, "submit").record.reward == 1.0
     assert gone(worker.pid)
     assert worker.pid not in node.status().pids
 

@@ -16,11 +16,12 @@ import pytest
 
 from skyrl_minisandbox import rollout as rollout_module
 from skyrl_minisandbox.config import RewardConfig, RolloutConfig, ScaffoldConfig
+from skyrl_minisandbox.errors import NodeError
 from skyrl_minisandbox.images import Cache, Store
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord
 from skyrl_minisandbox.rollout import Rollout
 from skyrl_minisandbox.turn import Finished, Turn
-from tests.small import GOLD, SOLVE, build_small_image, request, small_task
+from tests.small import GOLD, SOLVE, AtOnce, build_small_image, request, small_task
 from tests.support import needs
 
 pytestmark = needs("userns", "overlay", "git")
@@ -33,7 +34,7 @@ class Machine:
     made: list[Rollout] = dataclasses.field(default_factory=list)
 
     def rollout(self, task_id: str = "small-1", **changes: Any) -> Rollout:
-        made = Rollout(request(small_task(task_id), **changes), store=self.store, cache=self.cache, node="here")
+        made = AtOnce(request(small_task(task_id), **changes), store=self.store, cache=self.cache, node="here")
         self.made.append(made)
         return made
 
@@ -194,6 +195,40 @@ def test_nothing_is_held_after_the_end(machine: Machine) -> None:
     play(rollout, SOLVE, "submit")
     assert machine.cache._held == {}
     assert rollout._sandboxes == []
+
+
+def test_what_waits_for_its_grade_gives_the_same_end_until_it_is_graded(machine: Machine) -> None:
+    rollout = machine.rollout()
+    rollout.open()
+    Rollout.step(rollout, SOLVE)
+    waits = Turn([], ungraded=True)
+    assert Rollout.step(rollout, "submit") == waits and not waits.done
+    assert Rollout.step(rollout, "more") == waits
+    assert Rollout.close(rollout, grade=True) == waits
+    assert rollout._sandboxes == []
+    turn = rollout.judge()
+    assert turn.finished is not None
+    assert verdict(turn.finished.record) == ("resolved", "submit", 1.0)
+    assert rollout.judge() is turn and machine.cache._held == {}
+
+
+def test_what_waits_for_its_grade_and_is_given_up_is_never_a_number(machine: Machine) -> None:
+    rollout = machine.rollout()
+    rollout.open()
+    Rollout.step(rollout, SOLVE)
+    assert Rollout.step(rollout, "submit").ungraded
+    assert rollout.close(grade=False) is None
+    assert machine.cache._held == {}
+    turn = rollout.judge()
+    assert turn.finished is not None
+    assert verdict(turn.finished.record) == ("infra_error", "error", None)
+
+
+def test_what_runs_cannot_be_graded(machine: Machine) -> None:
+    rollout = machine.rollout()
+    rollout.open()
+    with pytest.raises(NodeError, match="has not ended"):
+        rollout.judge()
 
 
 def test_abort_ends_a_step_that_runs(machine: Machine) -> None:

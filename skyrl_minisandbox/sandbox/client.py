@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from skyrl_minisandbox.sandbox.sealed import BOOT
 # The launcher answers in milliseconds; a loaded machine may take longer to start a Python. Seconds.
 START_TIMEOUT = 60.0
 ANSWER_TIMEOUT = 120.0
+LAST_MOMENT = 1.0  # from the end of its first sandbox to its own
 PIPE_TIMEOUT = 1800.0  # a compiled scientific environment has gigabytes, and its reader compresses them
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent.parent)
@@ -268,6 +270,17 @@ class LauncherClient:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def has_ended(self) -> bool:
+        """Whether it is dead. Its sandboxes may be seen to end a moment before it can be seen itself."""
+        try:
+            process = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return not self.alive or bool(select.select([process], [], [], LAST_MOMENT)[0])
+        finally:
+            os.close(process)
 
     def close(self) -> None:
         """End the launcher and every sandbox it made; waits for it. Idempotent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from skyrl_minisandbox.errors import InputError
 from skyrl_minisandbox.policies.policy import Policy
 from skyrl_minisandbox.record import EndedBy
 from skyrl_minisandbox.sandbox import Sandbox
@@ -46,6 +47,20 @@ class Scaffold:
         far with its `ended_by`; nothing may be asked of the policy after it.
         """
         raise NotImplementedError
+
+
+def check_invertible(scaffold: Scaffold, name: str) -> None:
+    """Raises `InputError` for a scaffold that cannot be turned inside out for a trainer. name: as it was configured."""
+    if not scaffold.history_only_grows:
+        raise InputError(
+            f"scaffold `{name}` rewrites its history, which the trainer's token stream cannot follow",
+            hint="switch its history processing off, or take another scaffold",
+        )
+    if scaffold.needs_network:
+        raise InputError(
+            f"scaffold `{name}` needs a network, and a rollout's sandbox has none",
+            hint="take another scaffold",
+        )
 
 
 def whole(task: PublicTask | Task) -> Task:

@@ -47,7 +47,7 @@ from skyrl_minisandbox.turn import Finished
 from tests.ancestry import init_above, kill, launcher_above, marked
 from tests.machine import Process
 from tests.rewards.bombs import DEADLY, LASTING, PASSING
-from tests.small import GOLD, SOLVE, build_small_image, request, small_task
+from tests.small import GOLD, SOLVE, AtOnce, build_small_image, request, small_task
 from tests.support import needs
 
 pytestmark = pytest.mark.ci  # the fast tier has five minutes for all rooms
@@ -134,7 +134,7 @@ class Yard:
     def rollout(self, task: Task | None = None, **changes: Any) -> Rollout:
         options = {"command_timeout": 3.0, **changes.pop("options", {})}
         asked = request(task or small_task(timeout=5.0), limits=LIMITS, options=options, **changes)
-        self.made.append(Rollout(asked, store=self.store, cache=self.cache, node="here"))
+        self.made.append(AtOnce(asked, store=self.store, cache=self.cache, node="here"))
         return self.made[-1]
 
     def play(self, rollout: Rollout, *texts: str) -> Finished:

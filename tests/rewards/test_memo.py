@@ -24,11 +24,10 @@ from skyrl_minisandbox.images import Cache, Store
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards import Canary, TestReport, memo
 from skyrl_minisandbox.rewards.memo import KEPT, NOTE, Memo, memo_at, memo_key
-from skyrl_minisandbox.rollout import Rollout
 from skyrl_minisandbox.sandbox import Limits
 from skyrl_minisandbox.tasks.task import Task
 from skyrl_minisandbox.turn import Finished
-from tests.small import SOLVE, build_small_image, request, small_task
+from tests.small import SOLVE, AtOnce, build_small_image, request, small_task
 from tests.support import REPOSITORY, needs
 
 pytestmark = pytest.mark.ci  # the fast tier has five minutes for all rooms
@@ -309,7 +308,7 @@ class TestInARollout:
 
         def played(task: Task, command: str = SOLVE, *, memo: bool = True, **changes: Any) -> Finished:
             asked = request(task, reward=RewardConfig(memo=memo), **changes)
-            rollout = Rollout(asked, store=store, cache=cache, node="here")
+            rollout = AtOnce(asked, store=store, cache=cache, node="here")
             try:
                 rollout.open()
                 rollout.step(command)
