@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -41,14 +42,15 @@ def main(argv: Sequence[str] | None = None, mode: str = "sync") -> None:
         print(__doc__)
         return
     try:
-        with _interrupted_by_signals():
-            run([one for one in arguments if not one.startswith(OVERRIDE)], mode)
+        figures = run([one for one in arguments if not one.startswith(OVERRIDE)], mode)
     except MiniSandboxError as error:
         print(f"minisandbox: {error.render()}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("minisandbox: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    for name, value in sorted((figures or {}).items()):
+        print(f"{name}: {value}")
 
 
 def run(given: Any, mode: str = "sync") -> dict[str, Any] | None:
@@ -83,28 +85,36 @@ def _run(cfg: Any, mode: str) -> dict[str, Any] | None:
 
     try:
         initialize_ray(cfg)
-        # No retries: a second run of the whole job would not be what the user started, and would hide why.
-        last_words = LastWords() if cfg.trainer.fully_async.enabled else None
-        job = ray.remote(num_cpus=1, max_retries=0)(train).remote(cfg, mode, last_words)
-        try:
-            figures: dict[str, Any] | None = ray.get(job)
-        except (KeyboardInterrupt, SystemExit) as error:  # Ray's own handler of SIGTERM exits
-            ray.cancel(job)
-            ray.wait([job], timeout=ENDING)
-            raise KeyboardInterrupt from error
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, MiniSandboxError):
-                raise error.cause from None
-            raise  # not ours: with SkyRL's own trace
-        except ray.exceptions.RayError as error:
-            heard = last_words.heard() if last_words is not None else None
-            raise heard or MiniSandboxError(
-                f"the process of the job ended by itself: {one_line(error)}",
-                hint=f"its last lines are above; those of engines and workers in {cfg.trainer.log_path}",
-            ) from None
-        return figures
+        with _interrupted_by_sigterm():
+            last_words = LastWords() if cfg.trainer.fully_async.enabled else None
+            # No retries: a second run of the whole job would not be what the user started, and would hide why.
+            job = ray.remote(num_cpus=1, max_retries=0)(train).remote(cfg, mode, last_words)
+            return _result(job, last_words, cfg.trainer.log_path)
     finally:
         ray.shutdown()
+
+
+def _result(job: Any, last_words: Any, logs: str) -> dict[str, Any] | None:
+    """What the job returns, or why it does not."""
+    import ray
+
+    try:
+        figures: dict[str, Any] | None = ray.get(job)
+    except KeyboardInterrupt:
+        ray.cancel(job)
+        ray.wait([job], timeout=ENDING)
+        raise
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MiniSandboxError):
+            raise error.cause from None
+        raise  # not ours: with SkyRL's own trace
+    except ray.exceptions.RayError as error:
+        heard = last_words.heard() if last_words is not None else None
+        raise heard or MiniSandboxError(
+            f"the process of the job ended by itself: {one_line(error)}",
+            hint=f"its last lines are above; those of engines and workers in {logs}",
+        ) from None
+    return figures
 
 
 def expect_skyrl() -> None:
@@ -128,18 +138,24 @@ def expect_skyrl() -> None:
 
 
 @contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM, as Slurm and Kubernetes send it, ends the job in order, too; a second one ends it at once."""
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM, as Slurm and Kubernetes send it, ends the job in order, too; a second one ends it at once.
+
+    Only once Ray runs: it has a handler of its own (2.57), which prints a trace and ends the process.
+    """
 
     def end(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, which is the caller's
+        return
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 if __name__ == "__main__":
