@@ -216,6 +216,8 @@ class Cluster(abc.ABC):
             turn = call().result(seconds + MARGIN)
             if isinstance(turn, MiniSandboxError):
                 raise turn
+            if turn is not None and not isinstance(turn, Turn):
+                raise TypeError(f"it answered with a {type(turn).__name__}")
         except MiniSandboxError:
             self._forget(rollout_id)
             raise
@@ -229,6 +231,7 @@ class Cluster(abc.ABC):
         except Exception as error:
             self._forget(rollout_id)
             if not is_lost(error):
+                place.handle.close(rollout_id, False, EndedBy.ERROR)  # nobody else will, and it would wait for `idle`
                 raise NodeError(f"node {place.name} failed: {type(error).__name__}: {error}") from error
             place.alive = False
             self._lost(place)
