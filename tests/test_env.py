@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import skyrl_gym
 import skyrl_minisandbox
 from skyrl_minisandbox import env as env_module
 from skyrl_minisandbox.config import EnvConfig, make_config
-from skyrl_minisandbox.env import MiniSandboxEnv, shared_cluster, shutdown, strip_special_tokens
+from skyrl_minisandbox.env import Episode, MiniSandboxEnv, shared_cluster, shutdown, strip_special_tokens
 from skyrl_minisandbox.errors import InputError
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord
 from tests.small import SOLVE, build_small_image, small_task
@@ -117,6 +118,83 @@ def test_finish_grades_what_was_cut_short(config: EnvConfig) -> None:
     assert env.finish() is finished
     output = env.step("more")
     assert (output["done"], output["reward"]) == (True, 1.0)
+
+
+def test_close_grades_what_is_open_where_the_episode_says_so(config: EnvConfig) -> None:
+    episode = Episode(grade_on_close=True)
+    env = make(config, episode=episode, data_source="toy/small")
+    assert episode.env is env and "episode" not in env.extras
+    env.init(PROMPT)
+    env.step(SOLVE)
+    assert env.get_metrics() == {}
+    env.close()
+    record = env.finished.record
+    assert (record.reward, record.ended_by, record.outcome) == (1.0, EndedBy.LENGTH, Outcome.RESOLVED)
+    metrics = env.get_metrics()
+    assert metrics["resolved_mean"] == metrics["toy/small/resolved_mean"] == 1.0
+    env.close()
+    assert env.finished.record is record
+    assert [status.open for status in shared_cluster(config).status()] == [0]
+
+
+def test_an_answer_after_the_deadline_ends_the_episode_graded(config: EnvConfig) -> None:
+    episode = Episode()
+    env = make(config, episode=episode)
+    env.init(PROMPT)
+    episode.deadline = time.monotonic() + 60
+    assert not env.step(SOLVE)["done"]
+    episode.deadline = time.monotonic()
+    output = env.step("echo 'echo wrong' > answer.sh")
+    assert (output["done"], output["reward"]) == (True, 1.0)  # that came too late
+    assert output["metadata"]["record"]["ended_by"] == "time"
+
+
+def test_an_episode_that_was_closed_while_it_opened_is_not_left_open(
+    config: EnvConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = shared_cluster(config)
+    reached, closed, turns, opens = threading.Event(), threading.Event(), [], cluster.open
+
+    def open_late(*args: Any, **more: Any) -> Any:
+        reached.set()
+        closed.wait(60)
+        turns.append(opens(*args, **more))
+        return turns[0]
+
+    monkeypatch.setattr(cluster, "open", open_late)
+    env = make(config)
+    opening = threading.Thread(target=env.init, args=(PROMPT,))
+    opening.start()
+    assert reached.wait(60)
+    env.close()
+    closed.set()
+    opening.join(60)
+    assert turns and not turns[0].done  # it did open
+    assert [status.open for status in cluster.status()] == [0]
+    assert env.step("x")["metadata"]["infra_error"]
+
+
+def test_with_a_generator_that_masks_nothing_is_said(
+    config: EnvConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(env_module, "_unmasked", 0)
+    env = make(config, task=None, episode=Episode())
+    env.init(PROMPT)
+    assert env.step("x")["reward"] == 0.0
+    assert env_module.unmasked() == 0
+
+
+def test_each_call_has_a_longest_time(config: EnvConfig) -> None:
+    """Above all deadlines inside, so that it is reached by a fault of the Env alone."""
+    env = make(config)
+    env.init(PROMPT)
+    ending = env._request(env.task).ending_seconds
+    bounds = env.config.rollout
+    assert env.longest("init") > bounds.setup + bounds.step
+    assert env.longest("step") > bounds.step + bounds.setup + 2 * ending
+    assert env.longest("step", gradings=5) - env.longest("step", gradings=1) > 4 * ending
+    assert env.longest("step") - env.longest("close") == bounds.step
+    env.close()
 
 
 def test_close_in_the_middle_leaves_nothing_open(config: EnvConfig) -> None:

@@ -19,6 +19,7 @@ been through SkyRL's own checks, and `trainer` has what its functions made of it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import json
@@ -146,7 +147,11 @@ def call(given: dict[str, Any]) -> dict[str, Any]:
     for row in rows:
         names.append(TrajectoryID(row["group"], seen.setdefault(row["group"], 0)))
         seen[row["group"]] += 1
-    tries = {name.to_string(): row["tries"] for name, row in zip(names, rows, strict=True)}
+    others = [  # of the same rows, at the same time, under other names
+        [TrajectoryID(f"{name.instance_id} {number}", name.repetition_id) for name in names]
+        for number in range(given.get("together", 1) - 1)
+    ]
+    tries = {name.to_string(): row["tries"] for each in [names, *others] for name, row in zip(each, rows, strict=True)}
     options = {
         "max_turns": 8,
         "batched": False,
@@ -175,7 +180,8 @@ def call(given: dict[str, Any]) -> dict[str, Any]:
     }
 
     async def run() -> Any:
-        calls = [asyncio.ensure_future(generator.generate(batch)) for _ in range(given.get("together", 1))]
+        batches = [*({**batch, "trajectory_ids": each} for each in others), batch]
+        calls = [asyncio.ensure_future(generator.generate(each)) for each in batches]
         if "cancel" in given:
             await asyncio.sleep(given["cancel"])
             calls[-1].cancel()
@@ -229,9 +235,11 @@ def trainer(given: dict[str, Any], out: Any, uids: list[str], options: dict[str,
     if step_wise:
         told["merged"] = len(merge_stepwise_output(copy.deepcopy(out))["response_ids"])
         uids = [name.instance_id for name in out["trajectory_ids"]]
-    wanted = {"type": "filter", "train_batch_size": 1, "n_samples_per_prompt": 2, "max_sample_batches": 1}
-    state = {"sample_batch_count": 1}
-    told["sampled"] = sorted(set(handle_dynamic_sampling(copy.deepcopy(out), uids, wanted, state)[1]))
+    wanted = {"type": "filter", "train_batch_size": 1000, "n_samples_per_prompt": 2}
+    state: Any = {"sample_batch_count": 1}
+    with contextlib.suppress(AssertionError):  # of 0.4.0, where no group is left: "indices must be non-empty"
+        handle_dynamic_sampling(copy.deepcopy(out), uids, wanted, state)
+    told["sampled"] = sorted(set(state.get("collected_uids", ())))
     rewards = [sum(reward) if isinstance(reward, list) else reward for reward in out["rewards"]]
     kept = zero_variance_filter(rewards, uids, loss_masks=out["loss_masks"])
     told["varied"] = sorted({uids[number] for number in kept if any(out["loss_masks"][number])})
