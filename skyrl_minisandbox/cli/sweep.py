@@ -20,6 +20,7 @@ from typing import Any
 from skyrl_minisandbox.cli.training_tree import load_training, spelled
 from skyrl_minisandbox.cli.tree import Tree, config_directory, search_path, translate
 from skyrl_minisandbox.errors import InputError, MiniSandboxError
+from skyrl_minisandbox.training import entrypoint
 
 ENDING = 180.0
 """Seconds that an interrupted job has, more than a training takes to end its rollouts."""
@@ -29,6 +30,7 @@ def sweep(overrides: Sequence[str], tree: Tree) -> int:
     """Check every combination, then run them all. Raises `MiniSandboxError` of a job that failed, at the end."""
     import hydra
 
+    entrypoint.expect_skyrl()
     ours, hydras, out = [], [], ""
     for one in map(spelled, overrides):
         key, _, value = one.partition("=")
@@ -39,7 +41,7 @@ def sweep(overrides: Sequence[str], tree: Tree) -> int:
         else:
             ours.append(one)
     for combination in combinations(ours):
-        load_training(combination, tree)
+        _check(combination, tree)
     said = translate(ours, tree, many=True)
     place = Path(out).resolve() if out else Path.cwd() / "runs" / time.strftime("%Y%m%d-%H%M%S")
     own = [f"hydra.sweep.dir='{place}'", "hydra.sweep.subdir=${hydra.job.num}", "hydra.job.name=train"]
@@ -54,6 +56,20 @@ def sweep(overrides: Sequence[str], tree: Tree) -> int:
         os.environ.pop("HYDRA_FULL_ERROR") if before[1] is None else os.environ.update(HYDRA_FULL_ERROR=before[1])
     print(f"run directories: {place}")
     return 0
+
+
+def _check(overrides: Sequence[str], tree: Tree) -> None:
+    """What its job would refuse, before the first job has run for hours. Raises `InputError`."""
+    from skyrl_minisandbox.training import preflight
+    from skyrl_minisandbox.training.config import make_train_config
+
+    training = load_training(overrides, tree)
+    config = make_train_config(training.dotlist)
+    config.trainer.fully_async.enabled |= training.mode == "async"
+    try:
+        preflight.check(config, training.mode)
+    except InputError as error:
+        raise InputError(f"{error.message} (with {' '.join(overrides)})", hint=error.hint) from error
 
 
 def combinations(overrides: Sequence[str]) -> Iterator[list[str]]:

@@ -10,11 +10,15 @@ What the user did not set goes to SkyRL as not set, so that it derives what it d
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from skyrl_minisandbox.cli.tree import OPEN, Tree, compose, groups
+from skyrl_minisandbox.config import EnvConfig
 from skyrl_minisandbox.errors import InputError
 from skyrl_minisandbox.training.declared import Declared, declared, flat
 
@@ -25,6 +29,10 @@ ALIASES = {"seed": "trainer.seed", "environment.skyrl_gym.minisandbox": ""}
 """Keys that stand for others: `seed=1` as in every verb, and ours as SkyRL's own command names them."""
 PLACES = {"trainer.ckpt_path": "checkpoints", "trainer.export_path": "exports", "trainer.log_path": "logs"}
 """What SkyRL writes below the home directory and /tmp, where two trainings meet; with `out` it goes below that."""
+
+
+NEEDED = re.compile(r"\$\{needed: *(.*)\}")
+"""A value that a recipe cannot know: `${needed:what it is}`."""
 
 
 class Training(NamedTuple):
@@ -59,15 +67,20 @@ def load_training(overrides: Sequence[str], tree: Tree) -> Training:
     from omegaconf.errors import OmegaConfBaseException
 
     composed = compose([spelled(one) for one in overrides], tree)
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise InputError(
-            f"`{missing[0]}` is not set", hint=" ".join(f"{key}=…" for key in missing) + " on the command line"
-        )
+    _expect_needed(OmegaConf.to_container(composed))
+    if composed.out and "://" not in composed.out:
+        composed.out = os.path.abspath(os.path.expanduser(composed.out))  # the trainer's directory is Ray's
     try:
         plain: Any = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise InputError(f"cannot resolve the configuration: {str(error).splitlines()[0]}") from error
+    skyrl = _skyrl()
+    known = [*skyrl.defaults, *(item.name for item in dataclasses.fields(EnvConfig)), *OWN]
+    for key in plain:  # Hydra takes whatever a file of the user's brings
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+            raise InputError(f"unknown key `{key}` in one of the files that were chosen", hint=hint)
     mode, policy = plain["mode"], plain["policy"]["name"]
     if mode not in MODES and "." not in str(mode):
         raise InputError(
@@ -78,9 +91,19 @@ def load_training(overrides: Sequence[str], tree: Tree) -> Training:
             f"`policy={policy}` cannot answer in training: the model that is trained does",
             hint="leave `policy` out; minisandbox rollout takes it",
         )
-    skyrl = _skyrl()
     _place(plain, skyrl)
     return Training(mode, _dotlist(plain, skyrl), plain)
+
+
+def _expect_needed(unresolved: Any) -> None:
+    """Raises `InputError` for what a recipe wants to be told. `???` would not do: over a default it changes nothing."""
+    needed = {key: NEEDED.fullmatch(str(value)) for key, value in flat(unresolved).items()}
+    missing = {key: found[1] for key, found in needed.items() if found}
+    missing |= {key: "" for key, value in flat(unresolved).items() if value == "???"}
+    if missing:
+        key, why = next(iter(missing.items()))
+        hint = " ".join(f"{key}=…" for key in missing) + " on the command line"
+        raise InputError(f"`{key}` is not set" + (f": {why}" if why else ""), hint=hint)
 
 
 def spelled(override: str) -> str:
@@ -111,7 +134,6 @@ def _place(plain: dict[str, Any], skyrl: Declared) -> None:
 
 def _dotlist(plain: dict[str, Any], skyrl: Declared) -> list[str]:
     """Values are JSON, which the dotlist reads as they are meant: `"null"` is a text and `null` is none."""
-    from skyrl_minisandbox.config import EnvConfig
     from skyrl_minisandbox.training.config import OURS
 
     whole = skyrl.open | frozenset(skyrl.optional)

@@ -151,7 +151,7 @@ def translate(overrides: Sequence[str], tree: Tree, *, many: bool = False) -> Ov
     """
     said = Overrides([], [], [], tree.open)
     for text in overrides:
-        one = _parse(text, many)
+        one = _parse(text, tree, many)
         group, value = one.key_or_group, text.partition("=")[2]
         asked = [str(each) for each in one.sweep_string_iterator()] if one.is_sweep_override() else [str(one.value())]
         if group not in tree.groups:
@@ -170,15 +170,15 @@ def translate(overrides: Sequence[str], tree: Tree, *, many: bool = False) -> Ov
                     raise _unknown_choice(group, each, tree.groups)
             said.choices.append(text)
     loose = said.open | set(tree.optional)
-    values = [f"++{text}" if _below(text.partition("=")[0], loose) else text for text in said.values]
+    values = [f"++{text}" if _within(text.partition("=")[0], loose) else text for text in said.values]
     return said._replace(values=values)
 
 
-def _below(key: str, places: frozenset[str] | set[str]) -> bool:
-    return any(key.startswith(f"{place}.") for place in places)
+def _within(key: str, places: frozenset[str] | set[str]) -> bool:
+    return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
-def _parse(text: str, many: bool) -> Override:
+def _parse(text: str, tree: Tree, many: bool) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
@@ -193,10 +193,9 @@ def _parse(text: str, many: bool) -> Override:
     if one.type is not OverrideType.CHANGE or one.package:
         raise InputError(f"cannot read `{text}`", hint="write key=value, without `+`, `~` or `@`")
     if one.is_sweep_override() and not many:
-        raise InputError(
-            f"`{text}` has several values; one run has one",
-            hint=f"a list is written {one.key_or_group}=[{text.partition('=')[2]}]",
-        )
+        hint = f"a list is written {one.key_or_group}=[{text.partition('=')[2]}]"
+        hint += "; --multirun has a run for each" if tree.primary == "train" else ""
+        raise InputError(f"`{text}` has several values; one run has one", hint=hint)
     return one
 
 
@@ -213,7 +212,7 @@ def _unknown_choice(group: str, choice: str, known: Mapping[str, list[str]]) -> 
 
 def check_key(key: str, plain: dict[str, Any], tree: Tree, open_keys: frozenset[str] = frozenset()) -> None:
     """Raises `InputError` where `key` is no key of the tree, or one with keys of its own."""
-    if _below(key, open_keys):
+    if _within(key, open_keys):
         return
     node: Any = _with_optional(plain, tree.optional)
     for part in key.split("."):
@@ -224,7 +223,7 @@ def check_key(key: str, plain: dict[str, Any], tree: Tree, open_keys: frozenset[
             hint = f"did you mean {' or '.join(f'`{one}`' for one in near)}? " if near else ""
             raise InputError(f"unknown key `{key}`", hint=hint + every_key(tree))
         node = node[part]
-    if isinstance(node, dict) and node and key not in open_keys and key not in tree.optional:
+    if isinstance(node, dict) and node and key not in tree.optional:
         raise InputError(
             f"`{key}` has keys of its own: {', '.join(node)}",
             hint=f"set one of them: {key}.{next(iter(node))}=…",

@@ -10,8 +10,10 @@ import ast
 import copy
 import dataclasses
 import enum
+import functools
 import inspect
-import textwrap
+import itertools
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -136,16 +138,20 @@ def _is_mapping(kind: Any) -> bool:
 def _strings_below_fields(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(one):
-            continue
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
-        except (OSError, TypeError, SyntaxError):
-            continue  # no source: no sentences
-        assert isinstance(body, ast.ClassDef)
-        for field, after in zip(body.body, body.body[1:], strict=False):
+        body = _classes(one.__module__).get(one.__qualname__) if dataclasses.is_dataclass(one) else None
+        for field, after in itertools.pairwise(body.body if body is not None else []):
             if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
                 continue
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 found[field.target.id] = " ".join(str(after.value.value).split())
     return found
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes that stand in a module's source, by name; none where there is no source."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, KeyError, SyntaxError):
+        return {}
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
