@@ -28,8 +28,8 @@ def traces() -> set[str]:
     return {str(path) for path in places}
 
 
-def check_shape(data: dict[str, Any]) -> None:
-    assert data["benchmark"] == "sandbox"
+def check_rows(data: dict[str, Any], name: str) -> None:
+    assert data["benchmark"] == name
     assert data["header"]["kernel"] == os.uname().release
     assert "ours" in data["header"]["versions"]
     for row in data["rows"]:
@@ -49,7 +49,7 @@ def test_a_quick_run_writes_rows_of_the_agreed_shape_and_names_who_is_absent(tmp
     done = bench("--quick", "--rows", "create,shell", "--peers", "floor,nitrobox", "--json", file)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(file.read_text())
-    check_shape(data)
+    check_rows(data, "sandbox")
     told = [row["measure"] for row in data["rows"]]
     assert any("create to the first echo" in name for name in told), done.stdout
     assert data["rows"][0]["ours"] > 0, data["not_run"]
@@ -89,7 +89,7 @@ def test_every_row_of_a_quick_run_has_a_value_of_ours(tmp_path: Path, rows: str,
     done = bench("--quick", "--rows", rows, "--peers", peers, "--json", file, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(file.read_text())
-    check_shape(data)
+    check_rows(data, "sandbox")
     # What the kernel took is no number on a machine that does other things; all else must have run.
     reasons = {name: why for name, why in data["not_run"].items() if "drowned" not in why}
     assert not reasons, reasons

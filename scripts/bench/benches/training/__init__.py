@@ -1,0 +1,1 @@
+"""scripts/bench/training: what a rollout costs a trainer beside its commands and its model."""
