@@ -29,9 +29,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import skyrl_gym
 from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator, StepWiseOutput, TrajectoryOutput
-from skyrl_gym.envs.registration import load_env_creator
 
 from skyrl_minisandbox import cluster as _cluster
 from skyrl_minisandbox.config import EnvConfig, make_config
@@ -165,7 +163,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
 
         Raises `InfraErrorsError`, `MachineError`, `InputError` for `generator.batched=true`.
         """
-        ours = [is_ours(env_class) for env_class in input_batch["env_classes"]]
+        ours = [env_class == ENV_ID for env_class in input_batch["env_classes"]]
         if not any(ours):
             return await super().generate(input_batch, disable_tqdm)
         if self.batched:
@@ -208,7 +206,8 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         return out
 
     async def _admission(self) -> Gates:
-        """The gates of this event loop. Raises `MachineError` when the nodes have to be counted and none starts."""
+        """The gates of this event loop. Where slots have to be counted that is done once: nodes that come later add
+        none. Raises `MachineError` when no node starts."""
         loop = asyncio.get_running_loop()
         if self._gates is not None and self._gates.loop is loop:
             return self._gates
@@ -226,7 +225,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
 
     async def agent_loop(self, prompt: Any, env_class: str, env_extras: dict[str, Any], *args: Any, **more: Any) -> Any:
         """SkyRL's, tried again where that may help; else a masked output of one token. See the module."""
-        if not is_ours(env_class):
+        if env_class != ENV_ID:
             return await super().agent_loop(prompt, env_class, env_extras, *args, **more)
         extras = dict(env_extras)
         call, row = extras.pop(_SEAT, None) or (Call([]), Row("alone"))
@@ -251,7 +250,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         pause = PAUSE
         while True:
             attempt = Try(row, training.time)
-            output = await self._try(attempt, loop, extras)
+            output = await self._try(attempt, loop, extras, given)
             if output is None and row.cause == INFRA_ERROR:
                 late = training.time and time.monotonic() - started >= training.time
                 if row.retries < training.retries and not late:
@@ -264,10 +263,10 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
                     continue
             if output is None:
                 logger.warning("a rollout of group %s is masked: %s: %s", row.group, row.cause, row.error)
-                output = self._stub(row, attempt, given, time.monotonic() - started)
+                output = self._stub(row, given, time.monotonic() - started)
             return output
 
-    async def _try(self, attempt: Try, loop: Callable[[Any], Any], extras: dict[str, Any]) -> Any:
+    async def _try(self, attempt: Try, loop: Callable[[Any], Any], extras: dict[str, Any], given: Any) -> Any:
         """SkyRL's output; None where there is nothing to train on, and the row says why."""
         row = attempt.row
         row.outcome = row.ended_by = None
@@ -275,7 +274,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         error: Exception | None = None
         try:
             output = await self._watched(attempt, task)
-            _check(output)
+            _check(output, logprobs=self._logprobs_asked(given))
         except asyncio.CancelledError:
             await _let_go(task)
             await self._close(attempt)
@@ -324,31 +323,28 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         elif (error := closing.exception()) is not None:
             logger.error("rollout %s: its close failed: %r", attempt.env.rollout_id, error)
 
-    def _stub(self, row: Row, attempt: Try, given: Any, seconds: float) -> Any:
+    def _stub(self, row: Row, given: Any, seconds: float) -> Any:
         """One masked token of the shape that the other rows have. `given`: the arguments of `agent_loop`."""
-        sampling = given.get("sampling_params")
-        asked = self.generator_cfg.sampling_params.logprobs if sampling is None else sampling.get("logprobs")
-        whole = bool(self.custom_chat_template)  # then SkyRL's rewards are numbers and there are no log-probs
         end = self.tokenizer.eos_token_id
-        figures: dict[str, Any] = {}
-        if attempt.env is not None:
-            with contextlib.suppress(Exception):
-                figures = attempt.env.get_metrics()
-        if row.cause == INFRA_ERROR:
-            figures = {"infra_error_mean": 1.0, **figures}
         stub = TrajectoryOutput(
             response_ids=[end],
-            reward=0.0 if whole else [0.0],
+            reward=0.0 if self.custom_chat_template else [0.0],
             stop_reason="length" if row.cause == PROMPT_TOO_LONG else row.cause,
             loss_mask=[0],
             prompt_ids=[end],
-            rollout_logprobs=[0.0] if asked is not None and not whole else None,
-            env_metrics=figures,
+            rollout_logprobs=[0.0] if self._logprobs_asked(given) else None,
+            env_metrics={"infra_error_mean": float(row.cause == INFRA_ERROR)},
         )
         output = StepWiseOutput(step_outputs=[stub]) if self.generator_cfg.step_wise_trajectories else stub
         output.e2e_time = seconds
         output.time_splits = {"llm": 0.0, "env": 0.0}  # from 0.4.0
         return output
+
+    def _logprobs_asked(self, given: Any) -> bool:
+        """Whether SkyRL wants log-probabilities of each row. With a template of the user's own it has none."""
+        sampling = given.get("sampling_params")
+        asked = self.generator_cfg.sampling_params.logprobs if sampling is None else sampling.get("logprobs")
+        return asked is not None and not self.custom_chat_template
 
     # -- SkyRL's hooks ----------------------------------------------------------------------------
 
@@ -412,26 +408,17 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         return output
 
 
-def is_ours(env_class: str) -> bool:
-    """Whether rows of this class have our Env, or one derived from it."""
-    if env_class == ENV_ID:
-        return True
-    spec = skyrl_gym.registry.get(env_class)
-    if spec is None:
-        return False
-    entry = spec.entry_point
-    found = load_env_creator(entry) if isinstance(entry, str) else entry
-    return isinstance(found, type) and issubclass(found, MiniSandboxEnv)
-
-
-def _check(output: Any) -> None:
+def _check(output: Any, *, logprobs: bool) -> None:
     """Raises `PolicyError` for what would fail the batch. Of our Env only texts and numbers come in; the rest is the
     engine's."""
     entries = output.step_outputs if isinstance(output, StepWiseOutput) else [output]
     if not entries:
         raise PolicyError("SkyRL made nothing of this rollout")
     for entry in entries:
-        if wrong := _rows.problem(entry):
+        wrong = _rows.problem(entry)
+        if not wrong and logprobs and entry.rollout_logprobs is None:
+            wrong = "no log-probabilities"
+        if wrong:
             raise PolicyError(f"what came back cannot be trained on: {wrong}")
 
 

@@ -9,7 +9,8 @@ stdin: JSON with `path` (SkyRL's directory; "" where it is installed) and `calls
     margin      seconds that the driver adds to deadlines (60)
 
 A row has `task`, `group`, and `tries`: for each try of it, its answers. An answer is a text, or `{"do": WORD}`:
-`raise`, `hang`, `kill` (every worker process of the node, then answer `submit`), `empty`, `no_logprobs`, `wrong`.
+`raise`, `hang`, `kill` (every worker process of the node, then answer `submit`), `empty`, `few_logprobs`,
+`no_logprobs`, `wrong`.
 A row with `plain` is of another Env, which ends at its first step, or raises there when `plain` is `raise`.
 
 stdout: JSON of a list with what each call put out, or `{"error": class, "message": …}`. Where torch is real, that has
@@ -91,15 +92,17 @@ class Engine:
         logprobs: Any = [-0.5] * len(tokens)
         if word == "empty":
             tokens, logprobs = [], []
-        if word == "no_logprobs":
+        if word == "few_logprobs":
             logprobs = logprobs[:-1]
+        if word == "no_logprobs":
+            logprobs = None
         if word == "wrong":
             tokens = None
         return {
             "responses": [text],
             "response_ids": [tokens],
             "stop_reasons": ["stop"],
-            "response_logprobs": [logprobs] if self._config["logprobs"] else None,
+            "response_logprobs": [logprobs] if self._config["logprobs"] and logprobs is not None else None,
             "prompt_logprobs": None,
             "rollout_expert_indices": None,
             "rollout_sample_support": None,

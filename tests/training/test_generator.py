@@ -62,7 +62,8 @@ CALLS: dict[str, dict[str, Any]] = {
             row("a", ["ls", {"do": "raise"}], RIGHT),
             row("a", [{"do": "empty"}], RIGHT),
             row("b", ["ls", {"do": "wrong"}], WRONG),
-            row("b", [{"do": "no_logprobs"}]),
+            row("b", [{"do": "few_logprobs"}]),
+            row("b", [{"do": "no_logprobs"}], RIGHT),
         ],
         "training": {**NEVER, "failed_group_policy": "mean"},
     },
@@ -81,6 +82,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "other": {"rows": [row("a"), row("a", task=NO_IMAGE), row("p", ["any"], plain="yes")], "training": NEVER},
     "other-raises": {"rows": [row("a", ["ls", {"do": "hang"}]), row("p", ["any"], plain="raise")]},
     "cancelled": {"rows": [row("a", ["ls", {"do": "hang"}]), row("a", ["sleep 30"])], "cancel": 2.0},
+    "batched": {"rows": [row("a")], "options": {"batched": True, "max_turns": 1}},
     "broken": {"rows": [row("a", task=NO_IMAGE), row("a", task=NO_IMAGE)]},
 }
 
@@ -247,9 +249,9 @@ def test_a_first_prompt_that_is_too_long_costs_its_row(outputs: dict[str, Any], 
 
 def test_what_the_engine_breaks_costs_a_retry_or_a_row(outputs: dict[str, Any]) -> None:
     out = outputs["engine"]
-    assert sums(out) == [1.0, 1.0, 0.0, 0.0]
-    assert trained(out) == [True, True, True, False]
-    assert figures(out)["retries"] == (1 + 1 + 1 + 2) / 4
+    assert sums(out) == [1.0, 1.0, 0.0, 0.5, 1.0]
+    assert trained(out) == [True, True, True, False, True]
+    assert figures(out)["retries"] == pytest.approx((1 + 1 + 1 + 2 + 1) / 5)
 
 
 def test_a_late_rollout_is_graded_and_an_engine_that_hangs_is_given_up(outputs: dict[str, Any]) -> None:
@@ -285,6 +287,11 @@ def test_a_cancelled_call_leaves_nothing_and_does_not_wait_for_a_grade(outputs: 
     out = outputs["cancelled"]
     assert out["error"] == "CancelledError"
     assert out["seconds"] < 15
+
+
+def test_batched_generation_is_refused(outputs: dict[str, Any]) -> None:
+    assert outputs["batched"]["error"] == "InputError"
+    assert "generator.batched" in outputs["batched"]["message"]
 
 
 def test_a_step_whose_rollouts_die_ends_with_the_causes(outputs: dict[str, Any]) -> None:
