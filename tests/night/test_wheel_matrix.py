@@ -111,7 +111,7 @@ def matrix(wheel: Path, version: str, who: str, times: int) -> None:
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("who", ["root", "user"])
+@pytest.mark.parametrize("who", [pytest.param("root", marks=pytest.mark.night), "user"])
 def test_gold_passes_and_empty_and_wrong_fail_on_3_11(wheel: Path, who: str) -> None:
     matrix(wheel, "3.11", who, times=1)
 

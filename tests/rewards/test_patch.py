@@ -199,7 +199,7 @@ def test_an_opaque_or_removed_workdir_is_told() -> None:
         "i=0; while echo x > pkg/$i; do i=$((i+1)); done 2>/dev/null; true",  # as many as the disk takes
         "truncate -s 900M sparse",  # more than the disk of the sandbox that it is laid into
         "python3 -c \"import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\"",
-        "mkdir many; cd many; seq 250000 | xargs touch 2>/dev/null; true",
+        pytest.param("mkdir many; cd many; seq 250000 | xargs touch 2>/dev/null; true", marks=pytest.mark.night),
     ],
     ids=["full", "sparse", "deep", "many"],
 )
