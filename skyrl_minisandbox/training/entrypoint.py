@@ -131,8 +131,12 @@ def expect_skyrl() -> None:
         )
     try:
         from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator
-    except ImportError as error:
-        raise MachineError(f"SkyRL cannot be imported: {error}", hint=f"pip install '{WANTED}'") from error
+    except Exception as error:  # pydantic's own, where a model of SkyRL's has a TypedDict and Python is below 3.12
+        old = sys.version_info < (3, 12)
+        raise MachineError(
+            f"SkyRL cannot be imported: {one_line(error)}",
+            hint="SkyRL needs Python 3.12" if old else f"pip install '{WANTED}', with SkyRL's extra for its backend",
+        ) from error
     if not hasattr(SkyRLGymGenerator, "_post_process_agent_loop_output"):
         raise InputError("this SkyRL is too old for our generator", hint=f"pip install '{WANTED}'")
 
