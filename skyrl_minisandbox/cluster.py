@@ -48,7 +48,9 @@ MARGIN = 60.0
 NODE_START = 120.0
 """Seconds that a node's actor has to come up."""
 
-TRIES = 3
+DYING = 10.0
+"""Seconds that an actor which has died may still have its name, on a busy machine."""
+
 TRY_PAUSE = 0.5
 
 REFRESH = 10.0
@@ -351,7 +353,7 @@ class RayCluster(Cluster):
             started = [place for place in map(self._started, missing, made) if place is not None]
             with self._lock:
                 self._places = kept + started
-            self._looked = time.monotonic()
+            self._looked = time.monotonic() if self._places else -REFRESH
 
     def _check_open(self) -> None:
         if self._closed:
@@ -386,18 +388,20 @@ class RayCluster(Cluster):
         """Wait for the actor. One that is dying still has its name for a moment: then another try."""
         import ray
 
-        for _ in range(TRIES):
+        deadline = time.monotonic() + DYING
+        while True:
             try:
                 status: NodeStatus = ray.get(node.actor.status.remote(), timeout=NODE_START)
                 return Place(node.name, status.slots, node)
             except ray.exceptions.RayActorError as error:
-                logger.error("node %s does not start: %s", node.name, error)
+                if time.monotonic() >= deadline:
+                    logger.error("node %s does not start: %s", node.name, error)
+                    return None
                 time.sleep(TRY_PAUSE)
                 node = self._start(machine)
             except ray.exceptions.GetTimeoutError:
                 logger.error("node %s did not start within %g s", node.name, NODE_START)
-                break
-        return None
+                return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,12 @@ ROLLOUTS_PER_CPU = 2
 ENDING = 15.0
 """Seconds that a worker has to end when asked; then it is killed."""
 
+GIVING_UP = 30.0
+"""Seconds that giving a rollout up may take, above what a scaffold has to end; then its worker is asked for a sign."""
+
+SIGN = 30.0
+"""Seconds that a worker has to give a sign of life, on a busy machine; without one it hangs as a whole."""
+
 
 @dataclasses.dataclass(frozen=True)
 class NodeSetup:
@@ -138,6 +144,11 @@ class Node:
             self._end_lease(rollout_id)
 
         future.add_done_callback(ended)
+        if not grade:
+            overdue = threading.Timer(GIVING_UP, worker.kill_unless_alive)
+            overdue.daemon = True
+            overdue.start()
+            future.add_done_callback(lambda _: overdue.cancel())
         return future
 
     def status(self) -> NodeStatus:
@@ -321,6 +332,18 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def kill_unless_alive(self) -> None:
+        """A process that gives no sign of life is killed, so that its rollouts are lost now and it gets no new ones."""
+        answered = threading.Event()  # or gone, which nothing has to be done about
+
+        def ask() -> None:
+            self.call("sign").add_done_callback(lambda _: answered.set())
+
+        threading.Thread(target=ask, daemon=True).start()  # what does not read its socket may block it
+        if not answered.wait(SIGN):
+            logger.error("worker process %d of node %s hangs and is killed", self.pid, self._setup.node)
+            self._process.kill()
 
     def _send(self, message: Any) -> None:
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)

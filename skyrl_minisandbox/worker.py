@@ -180,6 +180,7 @@ def serve(connection: Connection) -> None:
         "close": worker.close,
         "judge": worker.judge,
         "end": worker.end,
+        "sign": lambda: None,
     }
 
     def handle(call: int, method: str, arguments: tuple[Any, ...]) -> None:
