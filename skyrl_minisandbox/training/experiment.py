@@ -6,8 +6,10 @@ The task's code must be importable: what is defined in a `__main__` does not run
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
+import loguru
 from skyrl.backends.skyrl_train.inference_servers.utils import resolve_policy_model_name
 from skyrl.train.entrypoints.main_base import BasePPOExp
 from skyrl.train.entrypoints.main_generate import EvalOnlyEntrypoint
@@ -96,6 +98,7 @@ def train(cfg: TrainConfig, mode: str, last_words: LastWords | None = None) -> d
     Returns the figures of an evaluation. Every sandbox of the job is gone when it ends, whichever way.
     """
     experiment = load_plugin("mode", mode, EXPERIMENTS, export="a subclass of training.experiment.Experiment")
+    _log_as_skyrl()
     register()
     try:
         job = experiment(cfg)
@@ -104,3 +107,20 @@ def train(cfg: TrainConfig, mode: str, last_words: LastWords | None = None) -> d
     finally:
         shutdown()
     return figures
+
+
+class _ToSkyRL(logging.Handler):
+    """Our log lines among SkyRL's, in its format and at its level."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        place = {"name": record.name, "function": record.funcName, "line": record.lineno}
+        log = loguru.logger.patch(lambda line: line.update(place)).opt(exception=record.exc_info)
+        log.log(record.levelname, "{}", record.getMessage())
+
+
+def _log_as_skyrl() -> None:
+    ours = logging.getLogger("skyrl_minisandbox")
+    if not any(isinstance(handler, _ToSkyRL) for handler in ours.handlers):
+        ours.addHandler(_ToSkyRL())
+        ours.setLevel(logging.INFO)
+        ours.propagate = False

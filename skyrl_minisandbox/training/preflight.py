@@ -31,6 +31,8 @@ def check(cfg: TrainConfig, mode: str) -> None:
         (validate_generator_cfg if mode == "generate" else validate_cfg)(cfg)
     except REFUSALS as error:
         raise InputError(f"SkyRL refuses the configuration: {error or type(error).__name__}") from error
+    if mode == "generate":
+        cfg.trainer.eval_interval = 1  # SkyRL reads no `data.val_data` otherwise
     _check_generator(cfg)
     _check_lengths(cfg)
     if cfg.trainer.fully_async.enabled and mode != "generate":
@@ -121,6 +123,8 @@ def check_images(cfg: TrainConfig, mode: str) -> None:
 
     Raises `InputError` for a file that is not there, `TaskError` for a row that is no task.
     """
+    if mode == "generate" and not cfg.data.val_data:
+        raise InputError("an evaluation needs `data.val_data`", hint="minisandbox tasks export out=DIR makes it")
     wanted: dict[str, str] = {}  # recipe digest -> a task with it
     for key, source in _sources(cfg, mode):
         for extras in _rows(cfg, key, source):

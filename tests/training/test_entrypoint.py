@@ -212,6 +212,10 @@ def test_what_would_fail_once_engines_are_up_is_refused_before(
 
     nowhere = error(f"data.train_data=['{tmp_path}/train.parquet']")
     assert nowhere["message"] == f"`data.train_data`: there is no file {tmp_path}/train.parquet"
+    nothing = error("data.val_data=[]", mode="generate")
+    assert nothing["message"] == "an evaluation needs `data.val_data`"
+    never = error("trainer.eval_interval=-1", f"data.val_data=['{tmp_path}/val.parquet']", mode="generate")
+    assert never["message"] == f"`data.val_data`: there is no file {tmp_path}/val.parquet", "it is read all the same"
     write_rows(tmp_path / "bad.jsonl", 1, task="{}")
     bad = error(f"data.train_data=['{tmp_path}/bad.jsonl']")
     assert bad["message"].startswith(f"`data.train_data`: {tmp_path}/bad.jsonl: the row's `task` is no task")

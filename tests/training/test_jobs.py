@@ -43,7 +43,6 @@ def test_skyrls_own_command_with_one_key_more_evaluates(bench: Bench, start) -> 
         job = start(
             engine,
             "trainer.override_entrypoint=skyrl_minisandbox.training.entrypoint_generate",
-            "trainer.eval_interval=1",
             module="skyrl.train.entrypoints.main_base",
         )
         code = job.wait()
@@ -106,8 +105,7 @@ def test_rollouts_that_mostly_fail_end_the_job_with_their_causes(bench: Bench, s
         if trained:
             job = start(engine, *SIMULATION, *failing)
         else:
-            more = ["trainer.eval_interval=1", *failing]
-            job = start(engine, *more, module="skyrl_minisandbox.training.entrypoint_generate")
+            job = start(engine, *failing, module="skyrl_minisandbox.training.entrypoint_generate")
         code = job.wait()
     said = job.log().rstrip().splitlines()[-2:]
     assert code == 1, job.log()[-6000:]
@@ -122,7 +120,7 @@ def test_two_jobs_in_one_process(bench: Bench, start) -> None:
         "print([sorted(run(sys.argv[1:], 'generate').items())[0] for _ in range(2)])"
     )
     with bench.engine() as engine:
-        job = start(engine, code, "trainer.eval_interval=1", module="")
+        job = start(engine, code, module="")
         assert job.wait(500) == 0, job.log()[-6000:]
     assert job.log().count("Starting evaluation") >= 2 or job.log().rstrip().splitlines()[-1].count("(") == 2
 
