@@ -1,7 +1,7 @@
 """SkyRL's generator with what rollouts in real sandboxes need: admission, deadlines, retries, no row lost or faked.
 
-Only documented hooks are used, and every token, log-prob and loss mask is SkyRL's own: its `agent_loop` runs each try.
-Around it, for rows of our Env:
+SkyRL is as it is: a few of its methods are overridden, and every token, log-prob and loss mask is its own, since its
+`agent_loop` runs each try. Around that, for rows of our Env:
 
     admission    `training.running` rows at once, in order of arrival, each for all its tries; of these
                  `training.starting` are set up at the same time. Neither waits in a thread.
@@ -18,26 +18,24 @@ every case, and when SkyRL cancels it (the end of a fully asynchronous epoch), t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import inspect
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator, StepWiseOutput, TrajectoryOutput
 
 from skyrl_minisandbox import cluster as _cluster
 from skyrl_minisandbox.config import EnvConfig, make_config
-from skyrl_minisandbox.env import ENV_ID, Episode, MiniSandboxEnv, shared_cluster
+from skyrl_minisandbox.env import ENV_ID, MiniSandboxEnv, shared_cluster
 from skyrl_minisandbox.errors import InputError, MiniSandboxError, NodeError, PolicyError, one_line
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.fault import event_of
 from skyrl_minisandbox.training import rows as _rows
+from skyrl_minisandbox.training.attempt import Attempt, in_thread
 from skyrl_minisandbox.training.breaker import Breaker
 from skyrl_minisandbox.training.rows import INFRA_ERROR, PROMPT_TOO_LONG, Row
 
@@ -87,48 +85,6 @@ class Gates:
     running: asyncio.Semaphore
     starting: asyncio.Semaphore
     gradings: int
-
-
-class Try(Episode):
-    """One try of a row.
-
-    answers: how many went to the Env. cut: SkyRL closed it unfinished. overdue: the engine's time is over.
-    """
-
-    def __init__(self, row: Row, seconds: float) -> None:
-        super().__init__(grade_on_close=True)
-        self.row = row
-        self.seconds = seconds
-        self.answers = 0
-        self.cut = False
-        self.patience = 0.0
-        self.overdue = asyncio.get_running_loop().create_future()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self, patience: float) -> None:
-        """The rollout is set up. patience: seconds past the deadline after which the engine is given up."""
-        self.patience = patience
-        if self.seconds:
-            self.deadline = time.monotonic() + self.seconds
-
-    @contextlib.contextmanager
-    def in_env(self) -> Iterator[None]:
-        """Meanwhile the engine's time does not run: an Env has deadlines of its own, and its grading may queue."""
-        self.stop()
-        try:
-            yield
-        finally:
-            if self.deadline is not None:
-                left = max(0.0, self.deadline - time.monotonic()) + self.patience
-                self._timer = asyncio.get_running_loop().call_later(left, self._late)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _late(self) -> None:
-        if not self.overdue.done():
-            self.overdue.set_result(None)
 
 
 class _PromptTooLong(Exception):
@@ -212,7 +168,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         if self._gates is not None and self._gates.loop is loop:
             return self._gates
         training = self.config.training
-        running = training.running or max(1, await _in_thread("slots", lambda: shared_cluster(self.config).slots))
+        running = training.running or max(1, await in_thread("slots", lambda: shared_cluster(self.config).slots))
         if self._gates is None or self._gates.loop is not loop:  # another row may have been faster
             half = max(1, running // 2)
             starting, grading = training.starting or half, training.grading or half
@@ -249,7 +205,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         started = time.monotonic()
         pause = PAUSE
         while True:
-            attempt = Try(row, training.time)
+            attempt = Attempt(row, training.time)
             output = await self._try(attempt, loop, extras, given)
             if output is None and row.cause == INFRA_ERROR:
                 late = training.time and time.monotonic() - started >= training.time
@@ -266,7 +222,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
                 output = self._stub(row, given, time.monotonic() - started)
             return output
 
-    async def _try(self, attempt: Try, loop: Callable[[Any], Any], extras: dict[str, Any], given: Any) -> Any:
+    async def _try(self, attempt: Attempt, loop: Callable[[Any], Any], extras: dict[str, Any], given: Any) -> Any:
         """SkyRL's output; None where there is nothing to train on, and the row says why."""
         row = attempt.row
         row.outcome = row.ended_by = None
@@ -302,7 +258,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         row.cause, row.outcome = INFRA_ERROR, Outcome.INFRA_ERROR
         return None
 
-    async def _watched(self, attempt: Try, task: asyncio.Future[Any]) -> Any:
+    async def _watched(self, attempt: Attempt, task: asyncio.Future[Any]) -> Any:
         await asyncio.wait({task, attempt.overdue}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             await _let_go(task)
@@ -311,12 +267,12 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
             raise PolicyError("the rollout was cancelled from inside")
         return task.result()
 
-    async def _close(self, attempt: Try) -> None:
+    async def _close(self, attempt: Attempt) -> None:
         """Give its Env up; the wait is bounded, the close itself goes on."""
         attempt.grade_on_close = False
         if attempt.env is None:
             return
-        closing = _in_thread("close", attempt.env.close)
+        closing = in_thread("close", attempt.env.close)
         await asyncio.wait({closing}, timeout=CLOSING)
         if not closing.done():
             logger.error("rollout %s does not close", attempt.env.rollout_id)
@@ -352,7 +308,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         """Each call of our Env in a thread of its own: no pool to be exhausted by what hangs or waits."""
         env = getattr(func, "__self__", None)
         attempt = env.episode if isinstance(env, MiniSandboxEnv) else None
-        if not isinstance(env, MiniSandboxEnv) or not isinstance(attempt, Try) or self._gates is None:
+        if not isinstance(env, MiniSandboxEnv) or not isinstance(attempt, Attempt) or self._gates is None:
             result: T = await super()._run_in_executor_if_available(func, *args, **kwargs)
             return result
         name = getattr(func, "__name__", "")
@@ -370,7 +326,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
             raise _PromptTooLong("the scaffold's first messages are longer than `generator.max_input_length`")
         return result
 
-    async def _set_up(self, attempt: Try, env: MiniSandboxEnv, init: Callable[[], T]) -> T:
+    async def _set_up(self, attempt: Attempt, env: MiniSandboxEnv, init: Callable[[], T]) -> T:
         assert self._gates is not None
         waiting = time.monotonic()
         async with self._gates.starting:
@@ -385,7 +341,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         """Every wait inside has its deadline; this is for a fault of the Env itself. Raises `NodeError`."""
         assert self._gates is not None
         seconds = env.longest(name, gradings=self._gates.gradings)
-        future = _in_thread(name, call)
+        future = in_thread(name, call)
         await asyncio.wait({future}, timeout=seconds)
         if not future.done():
             raise NodeError(f"the Env's {name} did not return within {seconds:g} s")
@@ -395,7 +351,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
         """The reward of a rollout that SkyRL cut short, which no `step` could give."""
         output = super()._post_process_agent_loop_output(agent_loop_output, env_extras, trajectory_id)
         attempt = env_extras.get("episode")
-        if not isinstance(attempt, Try) or not attempt.cut or attempt.env is None or attempt.env.finished is None:
+        if not isinstance(attempt, Attempt) or not attempt.cut or attempt.env is None or attempt.env.finished is None:
             return output
         last = output
         if isinstance(output, StepWiseOutput):
@@ -429,23 +385,3 @@ async def _let_go(task: asyncio.Future[Any]) -> None:
         logger.error("SkyRL's loop of a rollout does not end")
     elif not task.cancelled():
         task.exception()
-
-
-def _in_thread(name: str, call: Callable[[], T]) -> asyncio.Future[T]:
-    """In a daemon thread of its own: one that hangs takes no other's place and does not keep the process alive."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            result = call()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=work, name=f"minisandbox-{name}", daemon=True).start()
-    waited = asyncio.wrap_future(future)
-    waited.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
-    return waited

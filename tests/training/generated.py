@@ -6,6 +6,7 @@ stdin: JSON with `path` (SkyRL's directory; "" where it is installed) and `calls
     phase       `train` or `eval`               options   of SkyRL's GeneratorConfig
     named       give trajectory ids (true)      cancel    cancel `generate` after so many seconds
     together    so many of it at the same time (1); the last one's output is given
+    again       call `generate` a second time, in an event loop of its own
     margin      seconds that the driver adds to deadlines (60)
 
 A row has `task`, `group`, and `tries`: for each try of it, its answers. An answer is a text, or `{"do": WORD}`:
@@ -192,7 +193,8 @@ def call(given: dict[str, Any]) -> dict[str, Any]:
 
     started = time.monotonic()
     try:
-        out = asyncio.run(run())
+        for _ in range(1 + given.get("again", False)):
+            out = asyncio.run(run())
     except (MiniSandboxError, ArithmeticError) as error:
         out = {"error": type(error).__name__, "message": str(error)}
     except asyncio.CancelledError:
