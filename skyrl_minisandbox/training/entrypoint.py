@@ -83,6 +83,8 @@ def _run(cfg: Any, mode: str) -> dict[str, Any] | None:
     from skyrl_minisandbox.training.experiment import train
     from skyrl_minisandbox.training.last_words import LastWords
 
+    if ray.is_initialized():
+        raise InputError("Ray runs in this process already; SkyRL starts or joins it itself", hint="ray.shutdown()")
     try:
         initialize_ray(cfg)
         with _interrupted_by_sigterm():
