@@ -282,7 +282,7 @@ def shared_cluster(config: EnvConfig) -> Cluster:
 
     Raises `MachineError` when Ray or a node does not start.
     """
-    key = repr((config.cluster, config.images, config.out))
+    key = repr((config.cluster, config.images, config.out, config.training.grading))
     with _lock:
         if key not in _clusters:
             _clusters[key] = connect(config)
