@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from skyrl_minisandbox.cli.training_tree import spelled
 from skyrl_minisandbox.cli.tree import Tree, check_key, keys, translate
 from skyrl_minisandbox.errors import InputError
 from tests.skyrl.environment import trainer_python
-from tests.support import REPOSITORY
+from tests.support import seconds
 
 no_skyrl = pytest.mark.skipif(importlib.util.find_spec("skyrl") is not None, reason="SkyRL is installed here")
 
@@ -110,7 +112,14 @@ def test_a_key_of_a_nested_file_has_its_sections_and_its_own_comment(tmp_path: P
 # -- where SkyRL is ------------------------------------------------------------------------------------
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def ray() -> Iterator[Path]:
+    """Where Ray's files go; short, as sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+def start(tmp_path: Path, ray: Path, *arguments: str) -> subprocess.Popen[str]:
     """`minisandbox train` in SkyRL's environment, with an experiment that only tells what it got."""
     command = [str(trainer_python()), "-m", "skyrl_minisandbox.cli.main", "train"]
     keys = ["mode=tests.training.telling.Telling", "data.train_data=[hub/name]", "trainer.eval_interval=-1"]
@@ -119,7 +128,12 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, *keys, *arguments],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "SKYRL_PYTHONPATH_EXPORT": "1"},
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "RAY_ADDRESS": "local",  # never another's
+            "RAY_TMPDIR": str(ray),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -128,9 +142,9 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.night
-def test_a_sweep_is_a_run_for_each_combination(tmp_path: Path) -> None:
-    with start(tmp_path, "-m", "seed=1,2", "training.retries=0", f"out={tmp_path}/sweep") as process:
-        out = process.communicate(timeout=400)[0]
+def test_a_sweep_is_a_run_for_each_combination(tmp_path: Path, ray: Path) -> None:
+    with start(tmp_path, ray, "-m", "seed=1,2", "training.retries=0", f"out={tmp_path}/sweep") as process:
+        out = process.communicate(timeout=seconds(400))[0]
     assert process.returncode == 0, out
     told = [json_of(tmp_path / "sweep" / number / "told.json") for number in ("0", "1")]
     assert [one["seed"] for one in told] == [1, 2] and [one["retries"] for one in told] == [0, 0]
@@ -140,9 +154,9 @@ def test_a_sweep_is_a_run_for_each_combination(tmp_path: Path) -> None:
 
 
 @pytest.mark.night
-def test_a_failed_job_of_a_sweep_is_told_at_the_end_and_the_others_run(tmp_path: Path) -> None:
-    with start(tmp_path, "-m", "trainer.run_name=fail,pass", f"out={tmp_path}/sweep") as process:
-        out = process.communicate(timeout=400)[0]
+def test_a_failed_job_of_a_sweep_is_told_at_the_end_and_the_others_run(tmp_path: Path, ray: Path) -> None:
+    with start(tmp_path, ray, "-m", "trainer.run_name=fail,pass", f"out={tmp_path}/sweep") as process:
+        out = process.communicate(timeout=seconds(400))[0]
     assert process.returncode == 1, out
     assert "job 0 of the sweep ended with exit code" in out
     assert json_of(tmp_path / "sweep" / "1" / "told.json")["run_name"] == "pass-1"
@@ -150,16 +164,16 @@ def test_a_failed_job_of_a_sweep_is_told_at_the_end_and_the_others_run(tmp_path:
 
 @pytest.mark.night
 @pytest.mark.parametrize("more", [[], ["-m", "seed=1,2"]], ids=["a run", "a sweep"])
-def test_an_interrupted_training_ends_in_order(tmp_path: Path, more: list[str]) -> None:
+def test_an_interrupted_training_ends_in_order(tmp_path: Path, ray: Path, more: list[str]) -> None:
     out = tmp_path / "sweep" if more else tmp_path
-    with start(tmp_path, *more, f"out={out}", "trainer.run_name=wait") as process:
+    with start(tmp_path, ray, *more, f"out={out}", "trainer.run_name=wait") as process:
         started = (out / "0" if more else out) / "told.json"
-        end = time.monotonic() + 200
+        end = time.monotonic() + seconds(200)
         while not started.exists() and time.monotonic() < end and process.poll() is None:
             time.sleep(0.2)
         assert started.exists(), process.communicate(timeout=60)[0]
         os.kill(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=200)[0]
+        said = process.communicate(timeout=seconds(200))[0]
     assert process.returncode == 130, said
     assert "minisandbox: interrupted" in said
     assert not Path(f"/proc/{json_of(started)['pid']}").exists()
