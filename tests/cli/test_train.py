@@ -159,6 +159,7 @@ def test_a_failed_job_of_a_sweep_is_told_at_the_end_and_the_others_run(tmp_path:
         out = process.communicate(timeout=seconds(400))[0]
     assert process.returncode == 1, out
     assert "job 0 of the sweep ended with exit code" in out
+    assert (tmp_path / "sweep" / "1" / "told.json").exists(), out
     assert json_of(tmp_path / "sweep" / "1" / "told.json")["run_name"] == "pass-1"
 
 
