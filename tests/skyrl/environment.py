@@ -50,6 +50,7 @@ TRAINER = (
     "polars",
     "pyarrow",
     "pytest>=8",
+    "pytest-asyncio",
     "setproctitle",
     "tensorboard",
     "tensordict",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ ENGINE_TIME = 15.0
 """Seconds of `training.time` where the engine breaks: nothing else ends what it does not answer."""
 
 
+STRIKING = 0.3
+"""Seconds from an answer that breaks something to its breaking: what others are asked meanwhile overlaps it."""
+
+PATIENCE = 60.0
+"""Seconds that the others wait for the fault to strike, at most."""
+
+
 def prepare() -> None:
     """Deadlines that are minutes become seconds in this process; orphans become its children."""
     import skyrl_gym
@@ -48,6 +56,7 @@ def prepare() -> None:
     cluster.CANCELLATION = env.CANCELLATION = turn.CANCELLATION = 1.0
     turn.PROBE = 1.0
     node.ENDING = 2.0
+    node.GIVING_UP = node.SIGN = 3.0
     generator.LET_GO = generator.CLOSING = 3.0
     cluster.NodeActor = saboteur.SabotagedActor  # type: ignore[misc]
     skyrl_gym.registry[env.ENV_ID] = EnvSpec(id=env.ENV_ID, entry_point="tests.training.saboteur:SabotagedEnv")
@@ -74,7 +83,6 @@ class _Cell:
         store = directory / "store"
         shutil.copytree(env["images"]["store"], store)
         ray = breaks.place == "actor"
-        running = ROWS - 1 if breaks.place == "store" else ROWS  # the victim opens once the store is broken
         self.config = make_config(
             {
                 "images": {"store": str(store), "cache": env["images"]["cache"]},
@@ -83,8 +91,8 @@ class _Cell:
                 "rollout": NOTICED if breaks.fault == "hangs" else DEADLINES,
                 "grading": {"retries": 0},
                 "training": {
-                    "running": running,
-                    "grading": running,
+                    "running": ROWS,
+                    "grading": ROWS,
                     "time": ENGINE_TIME if (breaks.place, breaks.fault) == ("policy", "hangs") else 600.0,
                     "failed_group_policy": "mean",
                     "max_infra_error_fraction": 0.3,
@@ -93,11 +101,13 @@ class _Cell:
             }
         )
         self.store = BrokenStore(store, breaks.fault)
-        self.struck = asyncio.Event()
+        self.struck = threading.Event()
         self.waiting = 0
         self.before = {process.pid for process in descendants(os.getpid())}
         SabotagedEnv.made = []
+        SabotagedEnv.before_init = self._before_init
         SabotagedEnv.after_init = self._after_init
+        SabotagedEnv.struck = self._strike
         saboteur.released.clear()
 
     async def run(self) -> dict[str, Any]:
@@ -114,6 +124,7 @@ class _Cell:
         engine = ScriptedEngine(tokenizer, answers, self._hook)
         generator = make_generator(self.config, engine, tokenizer, max_turns=8)
         batch = make_batch(sessions, [self._extras(session) for session in sessions])
+        await asyncio.get_running_loop().run_in_executor(None, self._connect)  # Ray's start is none of its time
         started = time.monotonic()
         error, out = "", None
         try:
@@ -132,6 +143,11 @@ class _Cell:
         found["struck"] = self.struck.is_set() and (not self.breaks.flag or self._flagged())
         return found
 
+    def _connect(self) -> None:
+        from skyrl_minisandbox.env import shared_cluster
+
+        shared_cluster(self.config)
+
     def _flagged(self) -> bool:
         """A fault that strikes once has left its mark; of a store its breaking is."""
         return self.breaks.place == "store" or os.path.exists(self.breaks.flag)
@@ -140,7 +156,7 @@ class _Cell:
         """Rollouts that nodes still hold, a moment later: what was given up ends there when it can."""
         from skyrl_minisandbox.env import shared_cluster
 
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 15
         while True:
             nodes = shared_cluster(self.config).status()
             count = sum(status.open for status in nodes)
@@ -153,6 +169,7 @@ class _Cell:
         from skyrl_minisandbox.env import shutdown
 
         saboteur.released.set()
+        self._join_threads()
         if self.breaks.place == "store" and self.struck.is_set():
             self.store.mend()
         shutdown()
@@ -161,39 +178,51 @@ class _Cell:
             assert time.monotonic() < deadline, f"left behind: {[str(line) for line in left]}"
             time.sleep(0.05)
 
+    def _join_threads(self) -> None:
+        """What hung in an Env goes on, finds that it was given up, and leaves."""
+        for thread in threading.enumerate():
+            if thread.name.startswith("minisandbox-") and thread.daemon and not thread.name.endswith("launcher"):
+                thread.join(20)
+
     def _extras(self, session: str) -> dict[str, Any]:
         if session != LAST:
             return {"task": small_task(f"live-{session}", timeout=TESTS).model_dump_json()}
-        extras: dict[str, Any] = {"task": small_task(VICTIM, timeout=TESTS).model_dump_json()}
+        extras: dict[str, Any] = {"task": small_task(VICTIM, timeout=TESTS).model_dump_json(), "victim": True}
         if self.breaks.place == "env":
             extras["sabotage"] = {"method": self.method, "fault": self.breaks.fault, "flag": self.breaks.flag}
         return extras
 
+    def _strike(self) -> None:
+        self.struck.set()
+
     async def _hook(self, session: str, turn: int, text: str) -> Any:
         """The others wait in their second turn until the fault has struck; then the policy's own faults."""
+        place, fault = self.breaks.place, self.breaks.fault
         if session != LAST and turn == 1:
-            if self.breaks.place == "store":
-                self.waiting += 1
-                if self.waiting == ROWS - 1:
-                    self.store.break_()
-                    self.struck.set()
-            elif self.breaks.place == "env" and self.method in ("__init__", "init"):
+            self.waiting += 1
+            if place == "store" and self.waiting == ROWS - 1:  # all others are open
+                self.store.break_()
                 self.struck.set()
-            try:
-                await asyncio.wait_for(self.struck.wait(), 20.0)
-            except TimeoutError:
-                pass
-        if self.breaks.place != "policy":
-            if session == LAST and turn == 2:
-                self.struck.set()
-            if session == LAST and turn == 1:
-                asyncio.get_running_loop().call_later(0.3, self.struck.set)
+            await self._wait()
+        if session == LAST and turn == 1 and place in ("actor", "worker", "launcher"):
+            asyncio.get_running_loop().call_later(STRIKING, self.struck.set)
+        if place != "policy":
             return None
-        dead = self.struck.is_set() and self.breaks.fault == "dies"
+        dead = fault == "dies" and self.struck.is_set()
         if dead or (session == LAST and turn == 1 and self.breaks.strikes("policy")):
             self.struck.set()
-            return await _break_policy(self.breaks.fault)
+            return await _break_policy(fault)
         return None
+
+    async def _wait(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not self.struck.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def _before_init(self, made: SabotagedEnv) -> None:
+        """The victim of a store opens when it is broken."""
+        if self.breaks.place == "store" and made.extras.get("victim"):
+            self.struck.wait(PATIENCE)
 
     def _after_init(self, made: SabotagedEnv) -> None:
         """A store that breaks once is mended when its victim's first try has failed."""

@@ -74,10 +74,15 @@ released = threading.Event()
 
 
 class SabotagedEnv(MiniSandboxEnv):
-    """`extras["sabotage"]`: method, fault, flag. `after_init` is called with each Env that came out of `init`."""
+    """`extras["sabotage"]`: method, fault, flag.
+
+    before_init, after_init: called with each Env, in the thread of its `init`. struck: called when something breaks.
+    """
 
     made: list[SabotagedEnv] = []
-    after_init: Callable[[SabotagedEnv], None] | None = None
+    before_init: Callable[[SabotagedEnv], None]
+    after_init: Callable[[SabotagedEnv], None]
+    struck: Callable[[], None]
 
     def __init__(self, env_config: Any = None, extras: Any = None) -> None:
         sabotage = dict((extras or {}).get("sabotage") or {})
@@ -88,10 +93,9 @@ class SabotagedEnv(MiniSandboxEnv):
         SabotagedEnv.made.append(self)
 
     def init(self, prompt: Any) -> Any:
-        instead = self._strike("init")
-        found = instead or super().init(prompt)
-        if SabotagedEnv.after_init is not None:
-            SabotagedEnv.after_init(self)
+        SabotagedEnv.before_init(self)
+        found = self._strike("init") or super().init(prompt)
+        SabotagedEnv.after_init(self)
         return found
 
     def step(self, action: str) -> Any:
@@ -109,6 +113,7 @@ class SabotagedEnv(MiniSandboxEnv):
         wanted, breaks = self._sabotage
         if method != wanted or not breaks.strikes("env"):
             return None
+        SabotagedEnv.struck()
         if breaks.fault == "raises":
             raise RuntimeError("a fault of the Env")
         if breaks.fault == "hangs":
