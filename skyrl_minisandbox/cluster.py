@@ -19,6 +19,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
+import itertools
 import logging
 import os
 import sys
@@ -48,10 +49,12 @@ MARGIN = 60.0
 NODE_START = 120.0
 """Seconds that a node's actor has to come up."""
 
-DYING = 10.0
-"""Seconds that an actor which has died may still have its name, on a busy machine."""
-
+TRIES = 3
 TRY_PAUSE = 0.5
+
+_dead: set[str] = set()
+"""Ray's names of actors that have died. Ray (2.57, 2.60) gives a dead one for its name as long as this process has a
+handle of it, so that the next on the same node has another name."""
 
 REFRESH = 10.0
 """Seconds between looks at Ray's list of nodes; a lost node is noticed by its calls at once."""
@@ -331,6 +334,7 @@ class RayCluster(Cluster):
 
     def _lost(self, place: Place) -> None:
         logger.error("node %s is lost with %d rollouts", place.name, len(place.rollouts))
+        _dead.add(cast(RayNode, place.handle).label)
         self._looked = -REFRESH
 
     def _update(self) -> None:
@@ -370,10 +374,12 @@ class RayCluster(Cluster):
         setup = _setup(self._config, f"{node['NodeManagerHostname']}-{node_id[:6]}")
         job = ray.get_runtime_context().get_job_id()
         which = hashlib.sha256(repr(setup).encode()).hexdigest()[:8]
+        names = (f"node-{node_id[:12]}-{job}-{which}-{number}" for number in itertools.count())
+        label = next(name for name in names if name not in _dead)
         actor = (
             ray.remote(NodeActor)
             .options(
-                name=f"node-{node_id[:12]}-{job}-{which}",
+                name=label,
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 num_cpus=0,
@@ -382,34 +388,34 @@ class RayCluster(Cluster):
             )
             .remote(setup)
         )
-        return RayNode(setup.name, node_id, actor)
+        return RayNode(setup.name, node_id, label, actor)
 
     def _started(self, machine: dict[str, Any], node: RayNode) -> Place | None:
-        """Wait for the actor. One that is dying still has its name for a moment: then another try."""
+        """Wait for the actor."""
         import ray
 
-        deadline = time.monotonic() + DYING
-        while True:
+        for _ in range(TRIES):
             try:
                 status: NodeStatus = ray.get(node.actor.status.remote(), timeout=NODE_START)
                 return Place(node.name, status.slots, node)
             except ray.exceptions.RayActorError as error:
-                if time.monotonic() >= deadline:
-                    logger.error("node %s does not start: %s", node.name, error)
-                    return None
+                logger.error("node %s does not start: %s", node.name, error)
+                _dead.add(node.label)
                 time.sleep(TRY_PAUSE)
                 node = self._start(machine)
             except ray.exceptions.GetTimeoutError:
                 logger.error("node %s did not start within %g s", node.name, NODE_START)
-                return None
+                break
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
 class RayNode:
-    """The driver's end of a `NodeActor`."""
+    """The driver's end of a `NodeActor`. label: the actor's name in Ray."""
 
     name: str
     node_id: str
+    label: str
     actor: Any
 
     def open(self, request: RolloutRequest) -> Future[Turn]:

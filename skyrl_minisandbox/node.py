@@ -327,11 +327,10 @@ class WorkerProcess:
         with contextlib.suppress(OSError):
             # Shut down, not closed: the reading thread is in a read of this very descriptor.
             self._socket.shutdown(socket.SHUT_RDWR)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(ENDING)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._kill()
+        self._process.wait()
 
     def kill_unless_alive(self) -> None:
         """A process that gives no sign of life is killed, so that its rollouts are lost now and it gets no new ones."""
@@ -343,7 +342,12 @@ class WorkerProcess:
         threading.Thread(target=ask, daemon=True).start()  # what does not read its socket may block it
         if not answered.wait(SIGN):
             logger.error("worker process %d of node %s hangs and is killed", self.pid, self._setup.node)
-            self._process.kill()
+            self._kill()
+
+    def _kill(self) -> None:
+        """With its launcher, which may hang as well. What they would have removed is swept at the next start."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # it leads a group, whose number is not given again while that lives
 
     def _send(self, message: Any) -> None:
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
@@ -365,14 +369,14 @@ class WorkerProcess:
             pass
         except Exception:  # a reply that cannot be read: this process cannot be talked to any more
             logger.exception("worker process %d", self.pid)
-            self._process.kill()
+            self._kill()
         self._bury()
 
     def _bury(self) -> None:
         try:
             code = self._process.wait(ENDING)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             code = self._process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         which = f"worker process {self.pid} of node {self._setup.node}"
