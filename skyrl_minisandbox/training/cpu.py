@@ -134,10 +134,11 @@ class LocalDispatch:
         self._engine.load(self._model.state_dict())
 
     def save_checkpoint(self, model: str, ckpt_dir: str, tokenizer: Any = None, **_: Any) -> None:
-        """Weights, optimizer and schedule in one file."""
+        """Weights, optimizer, schedule and the engine's version, by which it samples, in one file."""
         Path(ckpt_dir).mkdir(parents=True, exist_ok=True)
         parts = {"model": self._model, "optimizer": self._optimizer, "schedule": self._schedule}
-        torch.save({name: part.state_dict() for name, part in parts.items()}, Path(ckpt_dir) / "policy.pt")
+        saved: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(saved | {"version": self._engine.weight_version}, Path(ckpt_dir) / "policy.pt")
 
     def load_checkpoint(self, model: str, ckpt_dir: str, **_: Any) -> None:
         """Go on from what `save_checkpoint` wrote."""
@@ -145,6 +146,7 @@ class LocalDispatch:
         self._model.load_state_dict(saved["model"])
         self._optimizer.load_state_dict(saved["optimizer"])
         self._schedule.load_state_dict(saved["schedule"])
+        self._engine.weight_version = saved["version"]
 
     def save_hf_model(self, model: str, export_dir: str, tokenizer: Any) -> None:
         """A checkpoint that transformers reads."""

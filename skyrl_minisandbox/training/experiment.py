@@ -19,6 +19,7 @@ from skyrl_minisandbox.plugins import load_plugin
 from skyrl_minisandbox.training.config import TrainConfig
 from skyrl_minisandbox.training.generator import MiniSandboxGenerator
 from skyrl_minisandbox.training.last_words import LastWords
+from skyrl_minisandbox.training.order import ResumableOrder
 
 EXPERIMENTS = {
     "sync": f"{__name__}:Experiment",
@@ -45,6 +46,13 @@ class Experiment(BasePPOExp):  # type: ignore[misc]
             tokenizer=tokenizer,
             policy_model_name=resolve_policy_model_name(cfg),
         )
+
+    def get_trainer(self, cfg: TrainConfig, **parts: Any) -> Any:
+        """SkyRL's, with data whose order a resumed training keeps."""
+        trainer = super().get_trainer(cfg=cfg, **parts)
+        if trainer.train_dataloader is not None:
+            trainer.train_dataloader = ResumableOrder(trainer.train_dataloader, seed=cfg.trainer.seed)
+        return trainer
 
     def work(self) -> dict[str, Any] | None:
         """All of it."""
