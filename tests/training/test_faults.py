@@ -16,7 +16,7 @@ from tests.skyrl.environment import VERSIONS
 from tests.support import needs
 from tests.training.conftest import Trainers
 
-pytestmark = [pytest.mark.night, needs("userns", "overlay", "git", "network")]
+machine = needs("userns", "overlay", "git", "network")
 
 PLACES = ("env", "actor", "worker", "launcher", "store", "policy")
 FAULTS = ("raises", "hangs", "dies", "slow", "wrong-type")
@@ -99,9 +99,10 @@ def cases() -> Iterator[Any]:
     for version in VERSIONS:
         for cell in CELLS:
             name = f"{version}-{cell}"
-            yield pytest.param(version, cell, id=name, marks=[pytest.mark.ci] if name in CI else [])
+            yield pytest.param(version, cell, id=name, marks=pytest.mark.ci if name in CI else pytest.mark.night)
 
 
+@machine
 @pytest.mark.parametrize(("version", "cell"), list(cases()))
 def test_a_fault_costs_no_row_but_its_own(
     version: str, cell: Cell, trainers: Trainers, small_images: dict[str, str], tmp_path: Path

@@ -18,7 +18,7 @@ from tests.skyrl.environment import VERSIONS
 from tests.support import needs
 from tests.training.conftest import Trainers
 
-pytestmark = [pytest.mark.night, needs("userns", "overlay", "git", "network")]
+pytestmark = [needs("userns", "overlay", "git", "network")]
 
 CI = {"0.4.0-chatml-whole", "0.4.0-stripping-step_wise"}
 """What the ci tier has time for."""
@@ -31,7 +31,8 @@ TURNS = {"0_0": 3, "0_1": 2, "1_0": 5, "1_1": 2, "2_0": 1, "2_1": 5}
 def cases() -> Iterator[Any]:
     for version, template, step_wise in product(VERSIONS, ("chatml", "stripping"), (False, True)):
         name = f"{version}-{template}-{'step_wise' if step_wise else 'whole'}"
-        yield pytest.param((version, template, step_wise), id=name, marks=[pytest.mark.ci] if name in CI else [])
+        tier = pytest.mark.ci if name in CI else pytest.mark.night
+        yield pytest.param((version, template, step_wise), id=name, marks=tier)
 
 
 @pytest.fixture(scope="module", params=list(cases()))
@@ -162,6 +163,7 @@ def test_dynamic_sampling_keeps_rows_whole(case: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("version", VERSIONS)
 def test_turns_of_the_tokenizers_own_tokens_merge_to_one_row(
     version: str, trainers: Trainers, small_images: dict[str, str], tmp_path: Path
@@ -173,6 +175,7 @@ def test_turns_of_the_tokenizers_own_tokens_merge_to_one_row(
         assert row["prompt_text"] == found["sessions"][row["session"]]["turns"][0]["rendered"]
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("step_wise", [False, True], ids=["whole", "step_wise"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_group_with_a_failed_row_is_not_chosen(
