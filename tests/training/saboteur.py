@@ -193,9 +193,11 @@ def _break_worker(fault: str) -> None:
 
 
 def _break_launcher(fault: str) -> None:
+    from skyrl_minisandbox.sandbox import client as _client
     from skyrl_minisandbox.sandbox.client import LauncherClient, explain, shared
 
     launcher = shared()
+    _client.ANSWER_TIMEOUT = 8.0  # for this process; what hangs is given up in time for a test
     if fault == "dies":
         os.kill(launcher.pid, signal.SIGKILL)
     if fault in ("hangs", "slow"):

@@ -56,6 +56,12 @@ ALWAYS = {
 }
 """The same where it strikes at each try."""
 
+LINGERS = {
+    ("launcher", "hangs"): "who asks a launcher for a patch waits longer (client.PIPE_TIMEOUT) than any rollout may take;"
+    " its worker gets no new rollouts meanwhile",
+}
+"""Cells after which a node still holds what was given up, for a while."""
+
 LIMIT = 150.0
 """Seconds for `generate()`: the longest deadline there is, of an Env that hangs, once."""
 
@@ -124,7 +130,8 @@ def test_a_fault_costs_no_row_but_its_own(
 def check(cell: Cell, found: dict[str, Any]) -> None:
     assert found["struck"], "nothing was broken"
     assert found["seconds"] < (LIMIT if cell.fault == "hangs" else QUICK)
-    assert found["open"] == 0 and not found["not_closed"]
+    assert not found["not_closed"]
+    assert found["open"] == 0 or (cell.place, cell.fault) in LINGERS
     if cell.expected is ENDED:
         assert found["error"].startswith("InfraErrorsError: ") and "Causes: " in found["error"]
         return
