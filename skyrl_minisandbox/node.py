@@ -333,7 +333,7 @@ class WorkerProcess:
         self._process.wait()
 
     def kill_unless_alive(self) -> None:
-        """A process that gives no sign of life is killed, so that its rollouts are lost now and it gets no new ones."""
+        """One that gives no sign of life is killed, and its rollouts are lost now. In any case it gets no new ones."""
         answered = threading.Event()  # or gone, which nothing has to be done about
 
         def ask() -> None:
@@ -343,6 +343,8 @@ class WorkerProcess:
         if not answered.wait(SIGN):
             logger.error("worker process %d of node %s hangs and is killed", self.pid, self._setup.node)
             self._kill()
+        elif self._over is None:
+            self._on_stuck(self)  # it lives, and does not end what it should: its launcher hangs, say
 
     def _kill(self) -> None:
         """With its launcher, which may hang as well. What they would have removed is swept at the next start."""
