@@ -30,6 +30,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from skyrl_minisandbox.channel import Caller
 from skyrl_minisandbox.claims import sweep
 from skyrl_minisandbox.config import EnvConfig
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, NodeLost, WorkerLost
@@ -94,7 +95,7 @@ class Cluster(abc.ABC):
 
     def __init__(self, config: EnvConfig) -> None:
         self._config = config
-        self._gradings = WaitingLine(self._gradings_at_once)
+        self._gradings = WaitingLine()
         self.oversubscribed = 0
         self._lock = threading.Lock()  # guards what is below
         self._places: list[Place] = []
@@ -174,7 +175,7 @@ class Cluster(abc.ABC):
             return place
 
     def _gradings_at_once(self) -> int:
-        """Looked at whenever a grading begins or ends, so that it follows nodes that come and go."""
+        """Looked at anew for each rollout that ends, so that it follows nodes that come and go."""
         training = self._config.training
         return training.grading or (training.running or self.slots) // 2
 
@@ -183,7 +184,7 @@ class Cluster(abc.ABC):
         if not turn.ungraded:
             return turn
         rollout_id = request.rollout_id
-        with self._gradings.turn(rollout_id):
+        with self._gradings.turn(rollout_id, self._gradings_at_once()):
             turn = self._wait(rollout_id, lambda: place.handle.judge(rollout_id), request.judging_seconds)
             return self._settled(request, place, turn)
 
@@ -219,8 +220,6 @@ class Cluster(abc.ABC):
     def _answer(self, place: Place, rollout_id: str, call: Callable[[], Future[T]], seconds: float) -> T:
         try:
             turn = call().result(seconds + MARGIN)
-            if isinstance(turn, MiniSandboxError):
-                raise turn
             if turn is not None and not isinstance(turn, Turn):
                 raise TypeError(f"it answered with a {type(turn).__name__}")
         except MiniSandboxError:
@@ -409,34 +408,32 @@ class RayCluster(Cluster):
         return None
 
 
-@dataclasses.dataclass(frozen=True)
 class RayNode:
-    """The driver's end of a `NodeActor`. label: the actor's name in Ray."""
+    """The driver's end of a `NodeActor`."""
 
-    name: str
-    node_id: str
-    label: str
-    actor: Any
+    def __init__(self, name: str, node_id: str, label: str, actor: Any) -> None:
+        """label: the actor's name in Ray."""
+        self.name, self.node_id, self.label, self.actor = name, node_id, label, actor
+        self._caller = Caller(actor)
 
     def open(self, request: RolloutRequest) -> Future[Turn]:
-        _expect_ray()
-        return cast("Future[Turn]", self.actor.open.remote(request).future())
+        return self._call("open", request)
 
     def grade(self, request: RolloutRequest, patch: str) -> Future[Turn]:
-        _expect_ray()
-        return cast("Future[Turn]", self.actor.grade.remote(request, patch).future())
+        return self._call("grade", request, patch)
 
     def step(self, rollout_id: str, text: str) -> Future[Turn]:
-        _expect_ray()
-        return cast("Future[Turn]", self.actor.step.remote(rollout_id, text).future())
+        return self._call("step", rollout_id, text)
 
     def judge(self, rollout_id: str) -> Future[Turn]:
-        _expect_ray()
-        return cast("Future[Turn]", self.actor.judge.remote(rollout_id).future())
+        return self._call("judge", rollout_id)
 
     def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Future[Turn | None]:
+        return self._call("close", rollout_id, grade, ended_by)
+
+    def _call(self, method: str, *arguments: Any) -> Future[Any]:
         _expect_ray()
-        return cast("Future[Turn | None]", self.actor.close.remote(rollout_id, grade, ended_by).future())
+        return self._caller.call(method, *arguments)
 
 
 def _expect_ray() -> None:

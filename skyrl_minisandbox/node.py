@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+from skyrl_minisandbox.channel import Callee, Message
 from skyrl_minisandbox.claims import Claim, sweep
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, OutOfMemory, WorkerLost
 from skyrl_minisandbox.record import EndedBy
@@ -420,44 +421,38 @@ class MemoryKills:
 
 
 class NodeActor:
-    """A Node behind Ray: thin, asynchronous, one per Ray node.
-
-    Our errors come back as values, as Ray would wrap an exception in one of its own.
-    """
+    """A Node behind Ray: thin, asynchronous, one per Ray node. Drivers call its verbs through a channel."""
 
     def __init__(self, setup: NodeSetup) -> None:
         self._node = Node(setup)
+        self._callee = Callee(self.open, self.grade, self.step, self.judge, self.close)
         handler = logging.FileHandler(self._node.logs / "node.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("skyrl_minisandbox").addHandler(handler)
 
-    async def open(self, request: RolloutRequest) -> Turn | MiniSandboxError:
-        return await _outcome(lambda: self._node.open(request))
+    async def exchange(self, channel: str, messages: list[Message]) -> bytes:
+        return await self._callee.exchange(channel, messages)
 
-    async def grade(self, request: RolloutRequest, patch: str) -> Turn | MiniSandboxError:
-        return await _outcome(lambda: self._node.grade(request, patch))
+    async def open(self, request: RolloutRequest) -> Turn:
+        return await asyncio.wrap_future(self._node.open(request))
 
-    async def step(self, rollout_id: str, text: str) -> Turn | MiniSandboxError:
-        return await _outcome(lambda: self._node.step(rollout_id, text))
+    async def grade(self, request: RolloutRequest, patch: str) -> Turn:
+        return await asyncio.wrap_future(self._node.grade(request, patch))
 
-    async def judge(self, rollout_id: str) -> Turn | MiniSandboxError:
-        return await _outcome(lambda: self._node.judge(rollout_id))
+    async def step(self, rollout_id: str, text: str) -> Turn:
+        return await asyncio.wrap_future(self._node.step(rollout_id, text))
 
-    async def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Turn | MiniSandboxError | None:
-        return await _outcome(lambda: self._node.close(rollout_id, grade, ended_by))
+    async def judge(self, rollout_id: str) -> Turn:
+        return await asyncio.wrap_future(self._node.judge(rollout_id))
+
+    async def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Turn | None:
+        return await asyncio.wrap_future(self._node.close(rollout_id, grade, ended_by))
 
     async def status(self) -> NodeStatus:
         return self._node.status()
 
     async def shutdown(self) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self._node.shutdown)
-
-
-async def _outcome(call: Callable[[], Future[T]]) -> T | MiniSandboxError:
-    try:
-        return await asyncio.wrap_future(call())
-    except MiniSandboxError as error:
-        return error
 
 
 def _worker_env() -> dict[str, str]:

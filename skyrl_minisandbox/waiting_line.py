@@ -5,35 +5,37 @@ from __future__ import annotations
 import collections
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 from skyrl_minisandbox.errors import NodeError
 
 
 class WaitingLine:
-    """A semaphore whose waiters can be sent away, and whose limit is looked at each time someone comes or leaves.
-
-    limit: how many may be inside; 1 at least, whatever it says. It may call back into whoever owns the line, so no
-        lock that it takes may be held while a method here is called.
+    """A semaphore whose waiters can be sent away, and whose limit may change.
 
     Thread-safe. Waiting has no deadline: who is inside has one.
     """
 
-    def __init__(self, limit: Callable[[], int]) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._lock = threading.Lock()  # guards all below
         self._inside = 0
+        self._limit = 1
         self._waiting: collections.deque[tuple[str, Future[None]]] = collections.deque()
         self._closed: NodeError | None = None
 
     @contextlib.contextmanager
-    def turn(self, name: str) -> Iterator[None]:
-        """Be inside, after those who came before. Raises `NodeError` when sent away, or when the line is closed."""
+    def turn(self, name: str, limit: int) -> Iterator[None]:
+        """Be inside, after those who came before.
+
+        limit: how many may be inside from now on; 1 at least, whatever is said.
+        Raises `NodeError` when sent away, or when the line is closed.
+        """
         mine: Future[None] = Future()
         with self._lock:
             if self._closed is not None:
                 raise self._closed
+            self._limit = max(1, limit)
             self._waiting.append((name, mine))
         try:
             self._admit()
@@ -76,9 +78,8 @@ class WaitingLine:
         self._admit()
 
     def _admit(self) -> None:
-        limit = max(1, self._limit())
         with self._lock:
-            while self._waiting and self._inside < limit:
+            while self._waiting and self._inside < self._limit:
                 _, mine = self._waiting.popleft()
                 mine.set_result(None)
                 self._inside += 1

@@ -35,6 +35,7 @@ PLAIN: dict[str, frozenset[str]] = {
     "plugins": frozenset({"errors"}),
     "claims": frozenset(),
     "waiting_line": frozenset({"errors"}),
+    "channel": frozenset({"errors"}),
     "config": frozenset({"errors", "sandbox.spec"}),
     "tasks": frozenset({"errors", "record", "plugins", "config", "images.recipe", "images.sources"}),
 }

@@ -204,7 +204,7 @@ def test_waiting_for_a_grade_counts_against_no_deadline(
     monkeypatch.setattr("skyrl_minisandbox.cluster.MARGIN", 4.0 - whole)  # the step has 4 s
     assert asked.judging_seconds + 4.0 - whole > 15
     with ThreadPoolExecutor(1) as threads:
-        with cluster._gradings.turn("another"):
+        with cluster._gradings.turn("another", 1):
             end = threads.submit(cluster.step, asked.rollout_id, "submit")
             with pytest.raises(TimeoutError):
                 end.result(5)
@@ -219,7 +219,7 @@ def test_one_that_waits_for_a_grade_hears_at_once_that_it_is_over(
 ) -> None:
     cluster, node = watched
     asked = solved(cluster)
-    with ThreadPoolExecutor(1) as threads, cluster._gradings.turn("another"):
+    with ThreadPoolExecutor(1) as threads, cluster._gradings.turn("another", 1):
         end = threads.submit(cluster.step, asked.rollout_id, "submit")
         deadline = time.monotonic() + 60
         while not len(cluster._gradings):
@@ -536,6 +536,8 @@ deadline = time.monotonic() + 30
 if sys.argv[3] == "end":
     while time.monotonic() < deadline and any(map(lives, found["pids"])):
         time.sleep(0.05)
+    while time.monotonic() < deadline and ray.util.list_named_actors(all_namespaces=True):
+        time.sleep(0.05)  # Ray takes a moment to end them, and longer on a busy machine
     found["left"] = ray.util.list_named_actors(all_namespaces=True)
 ray.shutdown()
 machines.shutdown()
