@@ -57,8 +57,8 @@ ALWAYS = {
 """The same where it strikes at each try."""
 
 LINGERS = {
-    ("launcher", "hangs"): "who asks a launcher for a patch waits longer (client.PIPE_TIMEOUT) than any rollout may take;"
-    " its worker gets no new rollouts meanwhile",
+    ("launcher", "hangs"): "who asks it for a patch waits for client.PIPE_TIMEOUT, whatever a rollout may take; "
+    "its worker gets no new rollouts meanwhile",
 }
 """Cells after which a node still holds what was given up, for a while."""
 

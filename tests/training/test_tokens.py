@@ -76,7 +76,10 @@ def test_the_trained_tokens_are_the_engines_own(case: dict[str, Any]) -> None:
         rows = rows_of(case["rows"], session)
         assert trained(rows) == sent(case, session)
         assert len(case["sessions"][session]["turns"]) == TURNS[session]
-        assert sent(case, session) != sent(case, session, "encoded_again")
+
+
+def test_encoding_them_again_would_give_others(case: dict[str, Any]) -> None:
+    assert sent(case, "1_0") != sent(case, "1_0", "encoded_again")
 
 
 def test_their_log_probs_are_the_engines_own(case: dict[str, Any]) -> None:
