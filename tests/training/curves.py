@@ -45,6 +45,14 @@ class CpuTraining:
         # Ray's sockets need a short path (own_ray.py).
         self._ray = Path(tempfile.mkdtemp(prefix="tests-ray-", dir="/tmp"))
         self._places = [f"images.store={path}/store", f"images.cache={path}/cache"]
+        try:
+            self._prepare(validated)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, validated: bool) -> None:
+        path = self.path
         self._command("image", "build", "tasks=toy")
         if validated:
             self._command("validate", "tasks=toy", f"out={path}/validation", "cluster=local")
