@@ -569,3 +569,20 @@ def test_they_are_named_as_each_runner_names_tests() -> None:
     deep = {"sub/project/" + path: text for path, text in SOURCES.items()}
     for canary in plant("pytest", deep, listed(*PYTEST_NAMES), random.Random(2)).canaries:
         assert canary.names[1] == "sub/project/" + canary.names[0]
+
+
+def test_what_wrong_code_is_likely_to_give_is_not_claimed() -> None:
+    """An argument of the call, or another letter for one: such a canary would pass for an honest patch that fails."""
+    text = (
+        "import calc\n\n\ndef test_inside():\n    assert calc.clamp(5, 0, 10) == 5\n\n\n"
+        "def test_last():\n    assert calc.turn('y', 1) == 'z'\n\n\n"
+        "def test_other():\n    assert calc.clamp(7, 1, 9) == 7\n"
+    )
+    tests = listed("test_it.py::test_inside", "test_it.py::test_last", "test_it.py::test_other", hidden=2)
+    for seed in range(300):
+        planted = plant("pytest", {"test_it.py": text}, tests, random.Random(seed))
+        added = planted.sources["test_it.py"]
+        for claimed in re.findall(r"clamp\(5, 0, 10\) == (\d+)", added):
+            assert claimed not in ("0", "10"), added
+        for claimed in re.findall(r"turn\('y', 1\) == '(\w+)'", added):
+            assert claimed == "z" or len(claimed) > 1, added
