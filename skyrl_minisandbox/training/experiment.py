@@ -105,6 +105,9 @@ def train(cfg: TrainConfig, mode: str, last_words: LastWords | None = None) -> d
 
     Returns the figures of an evaluation. Every sandbox of the job is gone when it ends, whichever way.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As `nohup` and a shell's `&` leave it to all that they start. Ray cancels a task by this signal.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     experiment = load_plugin("mode", mode, EXPERIMENTS, export="a subclass of training.experiment.Experiment")
     _log_as_skyrl()
     register()

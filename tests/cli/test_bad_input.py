@@ -45,7 +45,7 @@ def test_an_unknown_verb(minisandbox: Command) -> None:
     assert (done.code, done.out) == (2, "")
     assert said(done.err) == (
         "minisandbox: unknown verb `rolout`\n"
-        "hint: minisandbox VERB …; verbs: doctor, tasks, image, validate, rollout, grade, explain, shell"
+        "hint: minisandbox VERB …; verbs: doctor, tasks, image, validate, rollout, grade, explain, shell, train"
     )
 
 
