@@ -117,8 +117,11 @@ class Bench:
             *more,
         ]
 
-    def start(self, engine: str, *more: str, module: str = "tests.training.sim") -> Job:
-        """`python -m MODULE KEYS…`, or, for no module, the Python code that `more` begins with."""
+    def start(self, engine: str, *more: str, module: str = "tests.training.sim", nohup: bool = False) -> Job:
+        """`python -m MODULE KEYS…`, or, for no module, the Python code that `more` begins with.
+
+        nohup: it and all that it starts ignore SIGINT, as below `nohup` or behind a shell's `&`.
+        """
         log = tempfile.TemporaryFile()
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -136,6 +139,7 @@ class Bench:
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if nohup else None,
         )
         return Job(process, log)
 

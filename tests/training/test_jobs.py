@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def start(bench: Bench) -> Iterator[object]:
     """`bench.start`, each job of which is gone when the test is over."""
     jobs: list[Job] = []
 
-    def begin(*arguments: str, **more: str) -> Job:
+    def begin(*arguments: str, **more: Any) -> Job:
         jobs.append(bench.start(*arguments, **more))
         return jobs[-1]
 
@@ -52,16 +53,20 @@ def test_skyrls_own_command_with_one_key_more_evaluates(bench: Bench, start) -> 
     assert "environment/resolved_mean" in log
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interrupted_job_ends_in_order(bench: Bench, start, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "nohup"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
+    ids=["SIGINT", "SIGTERM", "SIGTERM-nohup"],
+)
+def test_an_interrupted_job_ends_in_order(bench: Bench, start, number: signal.Signals, nohup: bool) -> None:
     """Every rollout is closed by the job itself, Ray stops, nothing is left for a sweep."""
     command = "sleep 98761.25"
     with bench.engine([command]) as engine:
-        job = start(engine, *SIMULATION, f"{OURS}.rollout.step=600")
+        job = start(engine, *SIMULATION, f"{OURS}.rollout.step=600", nohup=nohup)
         job.until(command)
         everything = job.processes()
         job.process.send_signal(number)
-        code = job.wait(180)
+        code = job.wait(60)  # below `entrypoint.ENDING`, after which it would be ended without order
     assert code == 130, job.log()[-6000:]
     assert job.log().rstrip().endswith("minisandbox: interrupted")
     assert gone(everything) == []
