@@ -31,7 +31,7 @@ TRAINING_COMMON = (
     ("experiment=NAME", "a recipe over everything else: qwen3_8b_8gpu, cpu, …"),
     ("model=qwen3_8b|…|DIR|ORG/NAME", "the model, and what of the rest goes with it"),
     ("mode=sync|async|generate", "train, train while generating, or only evaluate"),
-    ("data.train_data=[FILE]", "what `minisandbox tasks export` wrote; data.val_data for the evaluation"),
+    ("data.train_data=[FILE]", "what `tasks export` wrote; data.val_data for evaluation"),
     ("trainer.… generator.…", "all of SkyRL's keys"),
     ("scaffold=mini reward=binary", "as in `minisandbox rollout`"),
     ("training.running=N", "rollouts at once, and what becomes of failed ones: training.*"),

@@ -84,7 +84,7 @@ VERBS: dict[str, Verb] = {
         "train a model with SkyRL",
         options={
             "--cfg job": "print the whole configuration, run nothing",
-            "--multirun": "several values of a key, as in seed=1,2,3: a run for each combination",
+            "--multirun": "a run for each combination of values, as in seed=1,2,3",
             "-m": "the same",
         },
     ),
