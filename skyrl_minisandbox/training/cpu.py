@@ -92,7 +92,8 @@ class LocalDispatch:
             if algorithm.use_entropy_loss:
                 whole = loss - algorithm.entropy_loss_coef * entropy * share
             whole.backward()
-            found = {"policy_entropy": float(entropy) * share, "policy_loss": float(loss), "final_loss": float(whole)}
+            told = {"policy_entropy": entropy * share, "policy_loss": loss, "final_loss": whole}
+            found = {name: float(value.detach()) for name, value in told.items()}
             found |= {f"loss_metrics/{name}": float(value) * share for name, value in metrics.items()}
             for name, value in found.items():
                 total[name] = total.get(name, 0.0) + value

@@ -66,7 +66,10 @@ def test_a_fork_bomb_that_is_out_of_time_is_ended(open_sandbox: Callable[..., Sa
     assert run(BOMB, timeout=2).timed_out
     assert time.monotonic() - began < seconds(20)
     assert living(sandbox, "1111")
-    assert int(sandbox.run("ls -d /proc/[0-9]* | wc -l").output) < 10
+    deadline = time.monotonic() + seconds(10)  # all are killed; a machine that is busy takes a moment to end them
+    while (left := int(sandbox.run("ls -d /proc/[0-9]* | wc -l").output)) >= 10 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left < 10
 
 
 def test_what_runs_inside_is_a_child_of_init_when_its_parent_has_gone(sandbox: Sandbox) -> None:
