@@ -27,7 +27,7 @@ def traces() -> set[str]:
     return {str(path) for path in Path("/tmp").glob("minisandbox-bench-*")}
 
 
-@pytest.mark.ci
+@pytest.mark.night
 @needs("userns", "overlay", "git", "ray", "network")
 def test_a_quick_run_has_a_value_of_ours_in_every_row_and_says_who_is_absent(tmp_path: Path) -> None:
     before = traces()

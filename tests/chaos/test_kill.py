@@ -57,7 +57,7 @@ def short_directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", [0, 1, *(pytest.param(number, marks=pytest.mark.night) for number in (2, 3, 4))])
 def test_nothing_is_left_after_kill_9_and_the_next_command(
     number: int, tmp_path: Path, store_directory: Path, short_directory: Path
 ) -> None:
