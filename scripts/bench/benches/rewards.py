@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benches.command import add_options, deliver, run, say
 from benches.report import Bar, Report, Row
 from skyrl_minisandbox import __version__
 from skyrl_minisandbox.config import EnvConfig, GradingConfig
@@ -40,12 +40,10 @@ def measure(task: Task, open_sandbox: Callable[[], Sandbox], times: int) -> dict
     return {mode: statistics.median(values) for mode, values in seconds.items()}
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three tasks, once each")
+    add_options(parser, "three tasks, once each")
     parser.add_argument("--times", type=int, default=5, help="gradings of each task in each mode (default: 5)")
-    parser.add_argument("--check", action="store_true", help="exit 1 when the bar is missed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows as JSON")
     given = parser.parse_args()
     places = EnvConfig().images
     store, cache = Store(Path(places.store)), Cache(Path(places.cache))
@@ -55,7 +53,7 @@ def main() -> int:
     total = dict.fromkeys(MODES, 0.0)
     ratios = []
     for task in tasks:
-        print(f"{task.id} …", file=sys.stderr, flush=True)
+        say(f"{task.id} …")
         image = build_image(task.recipe, store=store, cache=cache, name=task.id, sources=sources)
         with cache.checkout(image, store) as made:
             spec = made.sandbox_spec()
@@ -67,11 +65,8 @@ def main() -> int:
     bars = (Bar(BAR, "official"),)
     report.rows.append(Row("all tasks together", "s", total["protected"], {"official": total["official"]}, bars))
     report.rows.append(Row("the median task", "x official", statistics.median(ratios), {}))
-    print(report.text())
-    if given.json:
-        report.write(given.json)
-    return 1 if given.check and any(row.holds is False for row in report.rows) else 0
+    deliver(report, given)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

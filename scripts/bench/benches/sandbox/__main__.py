@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benches.command import add_choice, add_options, deliver, expect_known, run, say
 from benches.contender import Absent, Contender, Ground
-from benches.report import Report, put_figures
+from benches.report import Report
 from benches.sandbox import root
 from benches.sandbox.floor import Floor
 from benches.sandbox.measures import Measures
@@ -33,10 +34,6 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # Seconds after which no other row is begun.
 _TIME, _QUICK_TIME = 480.0, 50.0
 _QUICK_PEERS = ("floor", "nitrobox", "bubblewrap", "sandlock", "crun", "reference without archive")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def contenders() -> dict[str, Contender]:
@@ -194,14 +191,10 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench/sandbox", description=__doc__)
     rows = list(Measures.rows(Measures.__new__(Measures)))
     names = list(contenders())
-    parser.add_argument("--quick", action="store_true", help="at most a minute: few samples, a small root, fewer peers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
-    parser.add_argument("--docs", type=Path, metavar="PAGE", help="put the table between the two marks of this page")
-    parser.add_argument("--rows", help=f"some of {','.join(rows)}")
+    add_options(parser, "at most a minute: few samples, a small root, fewer peers")
+    add_choice(parser, rows)
     parser.add_argument("--peers", help=f"some of {','.join(names)}; none for an empty text")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
     parser.add_argument("--install-peers", action="store_true", help="first install what can be had of the peers; root")
-    parser.add_argument("--work", type=Path, help="where temporary directories are made; ext4, xfs or btrfs")
     parser.add_argument("--profile", choices=list(WORKS), help="only show where the time of one goes")
     parsed = parser.parse_args(argv)
     parsed.rows = parsed.rows.split(",") if parsed.rows else rows
@@ -210,20 +203,12 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         parsed.peers = [name.strip() for name in parsed.peers.split(",") if name.strip()]
     else:
         parsed.peers = list(_QUICK_PEERS) if parsed.quick else names
-    for given, all_of_them in ((parsed.rows, rows), (parsed.peers, names)):
-        for name in given:
-            if name not in all_of_them:
-                parser.error(f"`{name}` is not one of {', '.join(all_of_them)}")
+    expect_known(parser, parsed.rows, rows)
+    expect_known(parser, parsed.peers, names)
     return parsed
 
 
-def _end(number: int, frame: object) -> None:
-    raise KeyboardInterrupt  # what was started ends, and what was made is removed
-
-
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
     arguments = arguments_of(sys.argv[1:])
     peers = _CHECKOUT / ".cache/bench"
     peers.mkdir(parents=True, exist_ok=True)
@@ -237,18 +222,8 @@ def main() -> None:
         with ground(arguments, peers) as place:
             profile(place, arguments.profile)
         return
-    report = measure(arguments, peers)
-    print(report.text())
-    if arguments.json:
-        report.write(arguments.json)
-    if arguments.docs:
-        put_figures(arguments.docs, report.markdown())
-    if arguments.check and any(row.holds is False for row in report.rows):
-        sys.exit(1)
+    deliver(measure(arguments, peers), arguments)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -6,24 +6,20 @@ import argparse
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
 
+from benches.command import add_choice, add_options, deliver, expect_known, run, say
 from benches.contender import Absent, Ground
-from benches.report import Report, put_figures
+from benches.report import Report
 from benches.sandbox.root import small_root
 from benches.training.measures import QUICK, REPOSITORY, Measures, Size
 from benches.training.rollouts import TASKS, make_tasks
 from skyrl_minisandbox import __version__
 from skyrl_minisandbox.env import shutdown
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -66,41 +62,19 @@ def docker_ground(arguments: argparse.Namespace, work: Path) -> Ground | None:
 def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench/training", description=__doc__)
     rows = list(Measures.rows(Measures.__new__(Measures)))
-    parser.add_argument("--quick", action="store_true", help="at most a minute: few samples, and no Docker")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
-    parser.add_argument("--docs", type=Path, metavar="PAGE", help="put the table between the two marks of this page")
-    parser.add_argument("--rows", help=f"some of {','.join(rows)}")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
-    parser.add_argument("--work", type=Path, help="where temporary directories are made; ext4, xfs or btrfs")
+    add_options(parser, "at most a minute: few samples, and no Docker")
+    add_choice(parser, rows)
     parsed = parser.parse_args(argv)
     parsed.rows = parsed.rows.split(",") if parsed.rows else rows
-    for name in parsed.rows:
-        if name not in rows:
-            parser.error(f"`{name}` is not one of {', '.join(rows)}")
+    expect_known(parser, parsed.rows, rows)
     return parsed
 
 
-def _end(number: int, frame: object) -> None:
-    raise KeyboardInterrupt  # what was started ends, and what was made is removed
-
-
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
     logging.getLogger("ray").setLevel(logging.ERROR)
     arguments = arguments_of(sys.argv[1:])
-    report = measure(arguments)
-    print(report.text())
-    if arguments.json:
-        report.write(arguments.json)
-    if arguments.docs:
-        put_figures(arguments.docs, report.markdown())
-    if arguments.check and any(row.holds is False for row in report.rows):
-        sys.exit(1)
+    deliver(measure(arguments), arguments)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -8,11 +8,9 @@ time, in which worker processes start, is left out.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import sys
 import time
-import typing
 from typing import Any
 
 
@@ -47,17 +45,14 @@ class Engine:
 
 
 def measure(given: dict[str, Any]) -> list[list[float]]:
-    from skyrl.train.config import GeneratorConfig, SamplingParams, SkyRLGymConfig
+    from skyrl.train.config import GeneratorConfig, SamplingParams
     from skyrl.train.generators.base import BatchMetadata, TrajectoryID
 
     import skyrl_minisandbox
-    from skyrl_minisandbox.config import EnvConfig, make_config
+    from skyrl_minisandbox.config import make_config
+    from skyrl_minisandbox.training.config import GymConfig
     from skyrl_minisandbox.training.generator import MiniSandboxGenerator
     from tests.skyrl.chatml import ChatML
-
-    @dataclasses.dataclass
-    class GymConfig(SkyRLGymConfig):  # type: ignore[misc]
-        minisandbox: EnvConfig = dataclasses.field(default_factory=EnvConfig)
 
     skyrl_minisandbox.register()
     rows = given["rows"]
@@ -96,14 +91,9 @@ def measure(given: dict[str, Any]) -> list[list[float]]:
 def main() -> None:
     given = json.load(sys.stdin)
     if given["path"]:
-        from tests.skyrl.episodes import stub_torch
+        from tests.skyrl.episodes import find_skyrl
 
-        sys.path.append(given["path"])
-        stub_torch()
-        if sys.version_info < (3, 12):  # pydantic takes only typing_extensions' there
-            import typing_extensions
-
-            typing.TypedDict = typing_extensions.TypedDict  # type: ignore[misc,assignment]
+        find_skyrl(given["path"])
     from skyrl_minisandbox.env import shutdown
 
     try:

@@ -15,64 +15,24 @@ from skyrl_minisandbox.images import Cache, Store, build_image
 from skyrl_minisandbox.policies.policy import Policy
 from skyrl_minisandbox.sandbox import Sandbox
 from skyrl_minisandbox.scaffolds.scaffold import Scaffold, Submission
-from skyrl_minisandbox.tasks.task import PublicTask, Task, Tests
+from skyrl_minisandbox.tasks.task import PublicTask, Task
+from tests.small import GOLD, RECIPE, small_task
 
 TASKS = 16
 SUBMIT = "submit"
-_GIT = "git -c user.name=bench -c user.email=bench@example.invalid"
-_PATCH = """\
-diff --git a/answer.sh b/answer.sh
---- a/answer.sh
-+++ b/answer.sh
-@@ -1 +1 @@
--echo {0}
-+echo right
-"""
-_CHECK = """\
-diff --git a/check.sh b/check.sh
-new file mode 100644
---- /dev/null
-+++ b/check.sh
-@@ -0,0 +1,2 @@
-+echo "=== short test summary info ==="
-+[ "$(sh answer.sh)" = right ] && echo "PASSED check.sh::answer" || echo "FAILED check.sh::answer"
-"""
 
 
 def make_tasks(store: Path, cache: Path, count: int = TASKS) -> list[Task]:
-    """Tasks whose images differ in their last layer; built and checked out here, so that all that follows is warm."""
-    from skyrl_minisandbox.images.recipe import Recipe
-
+    """The tests' small task with an image of its own each; built and checked out here, so that all that follows is
+    warm."""
     made = []
     images, local = Store(store), Cache(cache)
     for number in range(count):
-        recipe = Recipe(
-            base="host",
-            workdir="/srv",
-            commands=(
-                f"echo 'echo {number}' > answer.sh && git init -q . && git add -A && {_GIT} commit -q -m base",
-            ),
-        )
+        commands = (*RECIPE.commands, f"echo {number} > /srv/.git/number")  # a last layer that no other has
+        recipe = RECIPE.model_copy(update={"commands": commands})
         image = build_image(recipe, store=images, cache=local, pythons=(), progress=None)
         local.checkout(image, images).release()
-        tests = Tests(
-            patch=_CHECK,
-            files=("check.sh",),
-            command="bash check.sh",
-            runner="command",
-            fail_to_pass=("check.sh::answer",),
-            pass_to_pass=(),
-            timeout=30.0,
-        )
-        made.append(
-            Task(
-                id=f"bench-{number}",
-                problem_statement=f"`sh answer.sh` prints `{number}`; it should print `right`.",
-                recipe=recipe,
-                tests=tests,
-                gold_patch=_PATCH.format(number),
-            )
-        )
+        made.append(small_task(f"bench-{number}").model_copy(update={"recipe": recipe}))
     return made
 
 
@@ -89,7 +49,7 @@ class Still(Scaffold):
             text = policy.query(messages)
             messages += [{"role": "assistant", "content": text}]
             if text == SUBMIT:
-                return Submission(patch=_PATCH.format(task.id.removeprefix("bench-")))
+                return Submission(patch=GOLD)
             messages += [{"role": "user", "content": self.observe(text, sandbox)}]
 
     def observe(self, text: str, sandbox: Sandbox) -> str:
