@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from skyrl_minisandbox.errors import NodeError
 from skyrl_minisandbox.own_ray import RAY_TAIL, SOCKET_PATH, ray_place
 from tests.machine import descendants
 from tests.small import SOLVE, build_small_image, request, small_task
-from tests.support import REPOSITORY, needs
+from tests.support import REPOSITORY, needs, told_over_ray
 
 sandboxes = needs("userns", "overlay", "git")
 
@@ -553,18 +552,8 @@ print(json.dumps(found))
 @pytest.mark.ci
 @pytest.mark.parametrize("ending", ["end", "just stop"])
 def test_inside_a_ray_task_rollouts_go_to_every_node_and_nothing_of_us_stays(config: EnvConfig, ending: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="ms-", dir="/tmp") as short:  # for Ray's sockets
-        done = subprocess.run(
-            [sys.executable, "-c", _TASK, config.images.store, config.images.cache, ending],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-            cwd=REPOSITORY,
-            env={**os.environ, "RAY_TMPDIR": short, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
-        )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    images = config.images
+    found = told_over_ray([sys.executable, "-c", _TASK, images.store, images.cache, ending], timeout=180)
     assert found["rewards"] == [1.0] * 6
     assert sorted(Counter(found["nodes"]).values()) == [2, 2, 2]
     assert (found["oversubscribed"], found["bounded"]) == (0, 2)

@@ -7,7 +7,6 @@ stdout: JSON of what the generator put out, token lists decoded where a reader w
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import sys
 import types
@@ -28,6 +27,16 @@ def stub_torch() -> None:
     torch.int32 = "int32"  # type: ignore[attr-defined]
     torch.no_grad = no_grad  # type: ignore[attr-defined]
     sys.modules["torch"] = torch
+
+
+def find_skyrl(path: str) -> None:
+    """Have SkyRL's generator importable in this process, from a directory of `environment.skyrl_directory`."""
+    sys.path.append(path)
+    stub_torch()
+    if sys.version_info < (3, 12):  # pydantic takes only typing_extensions' there
+        import typing_extensions
+
+        typing.TypedDict = typing_extensions.TypedDict  # type: ignore[misc,assignment]
 
 
 class Engine:
@@ -62,18 +71,15 @@ class Engine:
 
 
 def run(given: dict[str, Any]) -> dict[str, Any]:
-    from skyrl.train.config import GeneratorConfig, SamplingParams, SkyRLGymConfig
+    from skyrl.train.config import GeneratorConfig, SamplingParams
     from skyrl.train.generators.base import BatchMetadata, TrajectoryID
     from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator
 
     import skyrl_minisandbox
-    from skyrl_minisandbox.config import EnvConfig, make_config
+    from skyrl_minisandbox.config import make_config
     from skyrl_minisandbox.env import shutdown
+    from skyrl_minisandbox.training.config import GymConfig
     from tests.skyrl.chatml import ChatML
-
-    @dataclasses.dataclass
-    class GymConfig(SkyRLGymConfig):  # type: ignore[misc]
-        minisandbox: EnvConfig = dataclasses.field(default_factory=EnvConfig)
 
     skyrl_minisandbox.register()
     rows = given["rows"]
@@ -117,10 +123,5 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    sys.path.append(request["path"])
-    stub_torch()
-    if sys.version_info < (3, 12):  # pydantic takes only typing_extensions' there
-        import typing_extensions
-
-        typing.TypedDict = typing_extensions.TypedDict  # type: ignore[misc,assignment]
+    find_skyrl(request["path"])
     print(json.dumps(run(request)))

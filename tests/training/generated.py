@@ -23,14 +23,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import dataclasses
 import json
 import logging
 import os
 import signal
 import sys
 import time
-import typing
 from typing import Any
 
 from skyrl_gym.envs.base_text_env import BaseTextEnv
@@ -125,19 +123,16 @@ def kill_workers(config: Any) -> None:
 
 def call(given: dict[str, Any]) -> dict[str, Any]:
     import skyrl_gym
-    from skyrl.train.config import ChatTemplateConfig, GeneratorConfig, SamplingParams, SkyRLGymConfig
+    from skyrl.train.config import ChatTemplateConfig, GeneratorConfig, SamplingParams
     from skyrl.train.generators.base import BatchMetadata, TrajectoryID
 
     import skyrl_minisandbox
     from skyrl_minisandbox import cluster
-    from skyrl_minisandbox.config import EnvConfig, make_config
+    from skyrl_minisandbox.config import make_config
     from skyrl_minisandbox.env import shared_cluster
     from skyrl_minisandbox.errors import MiniSandboxError
+    from skyrl_minisandbox.training.config import GymConfig
     from skyrl_minisandbox.training.generator import MiniSandboxGenerator
-
-    @dataclasses.dataclass
-    class GymConfig(SkyRLGymConfig):  # type: ignore[misc]
-        minisandbox: EnvConfig = dataclasses.field(default_factory=EnvConfig)
 
     skyrl_minisandbox.register()
     if "plain" not in skyrl_gym.registry:
@@ -266,14 +261,9 @@ class Plain(BaseTextEnv):  # type: ignore[misc]
 def main() -> None:
     request = json.load(sys.stdin)
     if request["path"]:
-        from tests.skyrl.episodes import stub_torch
+        from tests.skyrl.episodes import find_skyrl
 
-        sys.path.append(request["path"])
-        stub_torch()
-        if sys.version_info < (3, 12):  # pydantic takes only typing_extensions' there
-            import typing_extensions
-
-            typing.TypedDict = typing_extensions.TypedDict  # type: ignore[misc,assignment]
+        find_skyrl(request["path"])
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
     from skyrl_minisandbox.env import shutdown
 

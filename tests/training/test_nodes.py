@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.skyrl.environment import VERSIONS, trainer_python
-from tests.support import REPOSITORY, needs
+from tests.support import needs, told_over_ray
 
 pytestmark = [pytest.mark.night, needs("userns", "overlay", "git", "network")]
 
@@ -20,25 +16,8 @@ pytestmark = [pytest.mark.night, needs("userns", "overlay", "git", "network")]
 def test_a_node_killed_mid_step_costs_a_retry_and_no_row(
     version: str, small_images: dict[str, str], tmp_path: Path
 ) -> None:
-    with tempfile.TemporaryDirectory(prefix="ms-", dir="/tmp") as short:  # for Ray's sockets
-        done = subprocess.run(
-            [
-                str(trainer_python(version)),
-                "-m",
-                "tests.training.nodes",
-                small_images["store"],
-                small_images["cache"],
-                str(tmp_path),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-            cwd=REPOSITORY,
-            env={**os.environ, "RAY_TMPDIR": short, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
-        )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    program = [trainer_python(version), "-m", "tests.training.nodes"]
+    found = told_over_ray([*program, small_images["store"], small_images["cache"], tmp_path], timeout=600)
     assert found["spread"] == [4, 4, 4]
     assert found["rewards"] == [1.0] * 12 and all(found["exact"])
     assert sorted(found["tries"]) == [1] * 8 + [2] * 4
