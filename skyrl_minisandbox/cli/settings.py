@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from skyrl_minisandbox.cli.tree import compose
+from skyrl_minisandbox.cli.tree import compose, resolved
 from skyrl_minisandbox.config import EnvConfig, make_config
 from skyrl_minisandbox.errors import InputError
 
@@ -36,7 +36,6 @@ class Settings:
 def load_settings(overrides: Sequence[str]) -> Settings:
     """Compose and check the configuration. Raises `InputError`."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     composed = compose(overrides)
     missing = sorted(OmegaConf.missing_keys(composed))
@@ -45,10 +44,7 @@ def load_settings(overrides: Sequence[str]) -> Settings:
             f"`{missing[0]}` is not set",
             hint=" ".join(f"{key}=…" for key in missing) + " on the command line",
         )
-    try:
-        tree: Any = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(f"cannot resolve the configuration: {str(error).splitlines()[0]}") from error
+    tree = resolved(composed)
     if tree["policy"]["name"] == "inverted":
         raise InputError(
             "`policy=inverted` is the model that `minisandbox train` trains; here it has none to ask",

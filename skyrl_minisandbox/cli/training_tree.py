@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from skyrl_minisandbox.cli.tree import OPEN, Tree, compose, groups
+from skyrl_minisandbox.cli.tree import OPEN, Tree, compose, groups, resolved
 from skyrl_minisandbox.config import EnvConfig
 from skyrl_minisandbox.errors import InputError
 from skyrl_minisandbox.training.declared import Declared, declared, flat
@@ -64,16 +64,12 @@ def training_tree(*more: str) -> Tree:
 def load_training(overrides: Sequence[str], tree: Tree) -> Training:
     """Compose. Raises `InputError`; what only the trainer's own checks find is found by the entry point."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     composed = compose([spelled(one) for one in overrides], tree)
     _expect_needed(OmegaConf.to_container(composed))
     if composed.out and "://" not in composed.out:
         composed.out = os.path.abspath(os.path.expanduser(composed.out))  # the trainer's directory is Ray's
-    try:
-        plain: Any = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(f"cannot resolve the configuration: {str(error).splitlines()[0]}") from error
+    plain = resolved(composed)
     skyrl = _skyrl()
     known = [*skyrl.defaults, *(item.name for item in dataclasses.fields(EnvConfig)), *OWN]
     for key in plain:  # Hydra takes whatever a file of the user's brings

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skyrl_minisandbox.errors import InputError
+from skyrl_minisandbox.training.declared import flat
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -139,6 +140,17 @@ def compose(overrides: Sequence[str], tree: Tree | None = None) -> DictConfig:
             ) from error
 
 
+def resolved(composed: DictConfig) -> Any:
+    """It as plain data. Raises `InputError` for a reference that leads nowhere."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"cannot resolve the configuration: {str(error).splitlines()[0]}") from error
+
+
 def search_path(tree: Tree) -> list[str]:
     """The override that shows Hydra the tree's further directories."""
     return [f"hydra.searchpath=[{','.join(f'file://{path}' for path in tree.more)}]"] if tree.more else []
@@ -214,10 +226,11 @@ def check_key(key: str, plain: dict[str, Any], tree: Tree, open_keys: frozenset[
     """Raises `InputError` where `key` is no key of the tree, or one with keys of its own."""
     if _within(key, open_keys):
         return
-    node: Any = _with_optional(plain, tree.optional)
+    whole: Any = _with_optional(plain, tree.optional)
+    node = whole
     for part in key.split("."):
         if not isinstance(node, dict) or part not in node:
-            every = list(_flat(_with_optional(plain, tree.optional), ""))
+            every = list(flat(whole))
             near = difflib.get_close_matches(key, every, n=3, cutoff=0.6)
             near += [one for one in every if one.rpartition(".")[2] == key.rpartition(".")[2] and one not in near][:3]
             hint = f"did you mean {' or '.join(f'`{one}`' for one in near)}? " if near else ""
@@ -245,11 +258,3 @@ def _with_optional(plain: dict[str, Any], optional: Mapping[str, Mapping[str, An
         else:
             shown[name] = {**inside, **(shown.get(name) or {})}
     return shown
-
-
-def _flat(node: Any, prefix: str) -> Iterator[str]:
-    for name, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
