@@ -25,9 +25,11 @@ import skyrl_gym
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
 from skyrl_minisandbox import cluster as _cluster
-from skyrl_minisandbox.cluster import Cluster, connect
+from skyrl_minisandbox import placement as _placement
+from skyrl_minisandbox.cluster import connect
 from skyrl_minisandbox.config import EnvConfig, make_config
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, TaskError, one_line
+from skyrl_minisandbox.placement import Cluster
 from skyrl_minisandbox.policies.policy import Message
 from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord, Seconds
 from skyrl_minisandbox.rewards.fault import event_of, outcome_of, reward_of
@@ -185,10 +187,10 @@ class MiniSandboxEnv(BaseTextEnv):  # type: ignore[misc]  # skyrl_gym has no typ
         """
         bounds = self.config.rollout
         if call == "init":
-            return bounds.setup + bounds.step + CANCELLATION + _cluster.NODE_START + 2 * _cluster.MARGIN
-        ending = (self._request(self.task).ending_seconds if self.task is not None else 0.0) + _cluster.MARGIN
+            return bounds.setup + bounds.step + CANCELLATION + _cluster.NODE_START + 2 * _placement.MARGIN
+        ending = (self._request(self.task).ending_seconds if self.task is not None else 0.0) + _placement.MARGIN
         step = bounds.step if call == "step" else 0.0
-        return step + bounds.setup + (gradings + 1) * ending + _cluster.MARGIN  # one of them once more, elsewhere
+        return step + bounds.setup + (gradings + 1) * ending + _placement.MARGIN  # one of them once more, elsewhere
 
     # -- inside -----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from skyrl_minisandbox.config import ScaffoldConfig
+from skyrl_minisandbox.config import EnvConfig, ScaffoldConfig, make_config
 from skyrl_minisandbox.images.recipe import Recipe
 from skyrl_minisandbox.policies.policy import Policy
 from skyrl_minisandbox.record import EndedBy
@@ -79,6 +79,28 @@ def build_small_image(store: Path, cache: Path) -> None:
     from skyrl_minisandbox.images import Cache, Store, build_image
 
     build_image(RECIPE, store=Store(store), cache=Cache(cache), pythons=(), progress=None)
+
+
+def cluster_config(store: Path, cache: Path, out: Path) -> EnvConfig:
+    """For a cluster of nodes with two slots and one worker process each, over the small image, which is made."""
+    build_small_image(store, cache)
+    return make_config(
+        {
+            "images": {"store": str(store), "cache": str(cache)},
+            "scaffold": "tests.small.Loop",
+            "cluster": {"slots": 2, "workers": 1},
+            "out": str(out),
+        }
+    )
+
+
+def play(cluster: Any, *texts: str) -> Any:
+    """How a rollout with these answers finished."""
+    asked = request(small_task())
+    turn = cluster.open(asked)
+    for text in texts:
+        turn = cluster.step(asked.rollout_id, text)
+    return turn.finished
 
 
 class Loop(Scaffold):

@@ -20,6 +20,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"training"}),
     frozenset({"env"}),
     frozenset({"cluster"}),
+    frozenset({"placement"}),
     frozenset({"node", "own_ray"}),
     frozenset({"worker"}),
     frozenset({"rollout"}),

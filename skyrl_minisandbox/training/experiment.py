@@ -15,7 +15,7 @@ from skyrl.backends.skyrl_train.inference_servers.utils import resolve_policy_mo
 from skyrl.train.entrypoints.main_base import BasePPOExp
 from skyrl.train.entrypoints.main_generate import EvalOnlyEntrypoint
 
-from skyrl_minisandbox.env import register, shutdown
+from skyrl_minisandbox.env import shutdown
 from skyrl_minisandbox.plugins import load_plugin
 from skyrl_minisandbox.training.config import TrainConfig
 from skyrl_minisandbox.training.generator import MiniSandboxGenerator
@@ -111,7 +111,6 @@ def train(cfg: TrainConfig, mode: str, last_words: LastWords | None = None) -> d
         signal.signal(signal.SIGINT, signal.default_int_handler)
     experiment = load_plugin("mode", mode, EXPERIMENTS, export="a subclass of training.experiment.Experiment")
     _log_as_skyrl()
-    register()
     try:
         job = experiment(cfg)
         job.last_words = last_words

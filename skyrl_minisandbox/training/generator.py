@@ -28,9 +28,9 @@ from typing import Any, TypeVar
 
 from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator, StepWiseOutput, TrajectoryOutput
 
-from skyrl_minisandbox import cluster as _cluster
+from skyrl_minisandbox import placement as _placement
 from skyrl_minisandbox.config import EnvConfig, make_config
-from skyrl_minisandbox.env import ENV_ID, MiniSandboxEnv, shared_cluster
+from skyrl_minisandbox.env import ENV_ID, MiniSandboxEnv, register, shared_cluster
 from skyrl_minisandbox.errors import InputError, MiniSandboxError, NodeError, PolicyError, one_line
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.fault import event_of
@@ -99,6 +99,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
     """For SkyRL from 0.3.0; the constructor is SkyRL's. Used from one event loop at a time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        register()  # SkyRL makes the Envs in this process
         super().__init__(*args, **kwargs)
         self._gates: Gates | None = None
         self._calls = 0
@@ -334,7 +335,7 @@ class MiniSandboxGenerator(SkyRLGymGenerator):  # type: ignore[misc]  # skyrl ha
             result = await self._bounded(env, "init", init)
         if env.finished is not None and env.finished.record.outcome is Outcome.INFRA_ERROR:
             raise _Failed  # before the engine is asked for an answer to nothing
-        attempt.start(self.config.rollout.step + _cluster.MARGIN)
+        attempt.start(self.config.rollout.step + _placement.MARGIN)
         return result
 
     async def _bounded(self, env: MiniSandboxEnv, name: str, call: Callable[[], T]) -> T:

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from skyrl_minisandbox.cluster import Cluster, LocalCluster, Place, RayCluster, connect
+from skyrl_minisandbox.cluster import LocalCluster, RayCluster, connect
 from skyrl_minisandbox.config import EnvConfig, ScaffoldConfig, make_config
 from skyrl_minisandbox.node import MemoryKills, Node, NodeSetup
+from skyrl_minisandbox.placement import Cluster, Place
 from skyrl_minisandbox.record import Outcome
 from skyrl_minisandbox.rewards.fault import Event
 from skyrl_minisandbox.sandbox import Limits

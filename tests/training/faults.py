@@ -47,13 +47,13 @@ def prepare() -> None:
     import skyrl_gym
     from skyrl_gym.envs.registration import EnvSpec
 
-    from skyrl_minisandbox import cluster, env, node, turn
+    from skyrl_minisandbox import cluster, env, node, placement, turn
     from skyrl_minisandbox.training import generator
 
     become_subreaper()
-    cluster.MARGIN = 1.0
+    placement.MARGIN = cluster.MARGIN = 1.0
     cluster.NODE_START = 20.0
-    cluster.CANCELLATION = env.CANCELLATION = turn.CANCELLATION = 1.0
+    placement.CANCELLATION = env.CANCELLATION = turn.CANCELLATION = 1.0
     turn.PROBE = 1.0
     node.ENDING = 2.0
     node.GIVING_UP = node.SIGN = 3.0

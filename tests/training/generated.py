@@ -126,18 +126,16 @@ def call(given: dict[str, Any]) -> dict[str, Any]:
     from skyrl.train.config import ChatTemplateConfig, GeneratorConfig, SamplingParams
     from skyrl.train.generators.base import BatchMetadata, TrajectoryID
 
-    import skyrl_minisandbox
-    from skyrl_minisandbox import cluster
+    from skyrl_minisandbox import placement
     from skyrl_minisandbox.config import make_config
     from skyrl_minisandbox.env import shared_cluster
     from skyrl_minisandbox.errors import MiniSandboxError
     from skyrl_minisandbox.training.config import GymConfig
     from skyrl_minisandbox.training.generator import MiniSandboxGenerator
 
-    skyrl_minisandbox.register()
     if "plain" not in skyrl_gym.registry:
         skyrl_gym.register(id="plain", entry_point="tests.training.generated:Plain")
-    cluster.MARGIN = given.get("margin", 60.0)
+    placement.MARGIN = given.get("margin", 60.0)
     config = make_config(given["env"])
     rows = given["rows"]
     tokenizer = Templated()

@@ -52,9 +52,8 @@ def main(store: str, cache: str, directory: Path) -> dict[str, Any]:
 def train(store: str, cache: str, directory: str) -> dict[str, Any]:
     """The task."""
     from skyrl_minisandbox.config import make_config
-    from skyrl_minisandbox.env import register, shutdown
+    from skyrl_minisandbox.env import shutdown
 
-    register()
     config = make_config(
         {
             "images": {"store": store, "cache": cache},
