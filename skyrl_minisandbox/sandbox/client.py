@@ -99,6 +99,7 @@ class LauncherClient:
         self._pending: dict[int, concurrent.futures.Future[tuple[dict[str, Any], list[int]]]] = {}
         self._number = 0
         self._closed = False
+        self._silent = False  # it did not answer in time, so that no new sandbox is asked of it
         self._boxes: weakref.WeakSet[_Box] = weakref.WeakSet()
         self._released: collections.deque[int] = collections.deque()  # frozen layers that nobody holds any more
         self._log = tempfile.TemporaryFile()
@@ -196,6 +197,7 @@ class LauncherClient:
         except BaseException as error:  # Ctrl-C too
             future.add_done_callback(_disown)
             if isinstance(error, concurrent.futures.TimeoutError):
+                self._silent = True
                 raise SandboxError(f"the launcher did not answer `{verb}` within {timeout:.0f} s") from None
             raise
         if "error" in answer:
@@ -268,6 +270,11 @@ class LauncherClient:
         return not self._closed and self.owner_pid == os.getpid()
 
     @property
+    def answers(self) -> bool:
+        """Whether it may be asked for more sandboxes: it lives, and has answered in time so far."""
+        return self.alive and not self._silent
+
+    @property
     def pid(self) -> int:
         return self._process.pid
 
@@ -296,6 +303,7 @@ class LauncherClient:
 
 
 _shared: LauncherClient | None = None
+_silent: list[LauncherClient] = []  # shared before; their sandboxes may live on
 _shared_lock = threading.Lock()
 
 
@@ -307,6 +315,7 @@ def keep_from_children(thing: _Forked) -> None:
 def _forked() -> None:
     global _shared, _shared_lock
     _shared, _shared_lock = None, threading.Lock()
+    _silent.clear()
     for thing in list(_owned):
         thing.forked()
     _owned.clear()
@@ -316,10 +325,12 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def shared() -> LauncherClient:
-    """The launcher of this process, started on first use; anew after it died or after a fork."""
+    """The launcher of this process, started on first use; anew after a fork, or when it died or does not answer."""
     global _shared
     with _shared_lock:
-        if _shared is None or not _shared.alive:
+        if _shared is None or not _shared.answers:
+            _silent.extend([_shared] if _shared is not None and _shared.alive else [])
+            _shared = None
             _shared = LauncherClient()
         return _shared
 
@@ -341,12 +352,15 @@ def owner_shift(directory: Path) -> int:
 
 
 def shutdown_launcher() -> None:
-    """End the shared launcher, if there is one, and with it every sandbox made through it."""
+    """End what `shared` has given, and with it every sandbox made through it."""
     global _shared
     with _shared_lock:
-        client, _shared = _shared, None
-    if client is not None and client.owner_pid == os.getpid():
-        client.close()
+        clients = [*_silent, *([_shared] if _shared is not None else [])]
+        _shared = None
+        _silent.clear()
+    for client in clients:
+        if client.owner_pid == os.getpid():
+            client.close()
 
 
 atexit.register(shutdown_launcher)

@@ -101,6 +101,11 @@ class TellingGenerator(MiniSandboxGenerator):
             raise
 
 
+def find_experiment(mode: str) -> Any:
+    """The class that runs a mode. Raises `PluginError`."""
+    return load_plugin("mode", mode, EXPERIMENTS, export="a subclass of training.experiment.Experiment")
+
+
 def train(cfg: TrainConfig, mode: str, last_words: LastWords | None = None) -> dict[str, Any] | None:
     """The Ray task. mode: a key of `EXPERIMENTS`, or a dotted path to a subclass of `Experiment`.
 
@@ -109,7 +114,7 @@ def train(cfg: TrainConfig, mode: str, last_words: LastWords | None = None) -> d
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As `nohup` and a shell's `&` leave it to all that they start. Ray cancels a task by this signal.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    experiment = load_plugin("mode", mode, EXPERIMENTS, export="a subclass of training.experiment.Experiment")
+    experiment = find_experiment(mode)
     _log_as_skyrl()
     try:
         job = experiment(cfg)

@@ -15,6 +15,7 @@ from skyrl_minisandbox.env import ENV_ID, find_task
 from skyrl_minisandbox.errors import InputError, TaskError
 from skyrl_minisandbox.images.store import Store, StoreNotInitialised
 from skyrl_minisandbox.training.config import REFUSALS, TrainConfig
+from skyrl_minisandbox.training.experiment import find_experiment
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ SHOWN = 8
 
 def check(cfg: TrainConfig, mode: str) -> None:
     """Raises `InputError`: SkyRL's own refusals, then ours. May size `max_env_workers`, as SkyRL sets keys here."""
+    find_experiment(mode)
     try:
         (validate_generator_cfg if mode == "generate" else validate_cfg)(cfg)
     except REFUSALS as error:
@@ -125,14 +127,15 @@ def check_images(cfg: TrainConfig, mode: str) -> None:
     """
     if mode == "generate" and not cfg.data.val_data:
         raise InputError("an evaluation needs `data.val_data`", hint="minisandbox tasks export out=DIR makes it")
-    wanted: dict[str, str] = {}  # recipe digest -> a task with it
+    wanted: dict[str, tuple[str, str]] = {}  # recipe digest -> a task with it, and the task set where that is
     for key, source in _sources(cfg, mode):
         for extras in _rows(cfg, key, source):
             try:
                 task = find_task(cfg.ours, extras)
             except TaskError as error:
                 raise TaskError(f"`{key}`: {source}: {error.message}", hint=error.hint) from error
-            wanted.setdefault(task.recipe.digest(), task.id)
+            family = task.source if "task" in extras else cfg.ours.tasks.name
+            wanted.setdefault(task.recipe.digest(), (task.id, family))
     if not wanted:
         return
     store = cfg.ours.images.store
@@ -141,14 +144,16 @@ def check_images(cfg: TrainConfig, mode: str) -> None:
     except StoreNotInitialised:
         missing = list(wanted.values())
     else:
-        missing = [task_id for digest, task_id in wanted.items() if find(digest) is None]
+        missing = [found for digest, found in wanted.items() if find(digest) is None]
     if missing:
-        said = ", ".join(missing[:SHOWN]) + (", …" if len(missing) > SHOWN else "")
-        tasks = cfg.ours.tasks
-        ids = "" if len(missing) == len(wanted) else f" 'tasks.ids=[{','.join(missing)}]'"
+        ids = [task_id for task_id, _ in missing]
+        said = ", ".join(ids[:SHOWN]) + (", …" if len(missing) > SHOWN else "")
+        chosen = "" if len(missing) == len(wanted) else f" 'tasks.ids=[{','.join(ids)}]'"
+        sources = {source or "…" for _, source in missing}  # a row may carry a task of nobody knows where
+        where = f"tasks={sources.pop()}{chosen}" if len(sources) == 1 else "with the tasks of that data"
         raise InputError(
             f"{len(missing)} of {len(wanted)} images are not in the store {store}: those of {said}",
-            hint=f"minisandbox image build tasks={tasks.name}{ids} images.store={store}",
+            hint=f"minisandbox image build {where} images.store={store}",
         )
 
 

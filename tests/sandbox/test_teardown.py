@@ -17,7 +17,7 @@ import pytest
 
 from skyrl_minisandbox.errors import SandboxError, SandboxGone
 from skyrl_minisandbox.sandbox import Bind, Sandbox, SandboxSpec
-from skyrl_minisandbox.sandbox.client import LauncherClient
+from skyrl_minisandbox.sandbox.client import LauncherClient, shared, shutdown_launcher
 from skyrl_minisandbox.sandbox.spare import READY_MADE
 from tests.support import needs, seconds
 
@@ -235,6 +235,27 @@ def test_a_sandbox_that_came_too_late_ends(spec: SandboxSpec, monkeypatch: pytes
     with Sandbox(spec, launcher) as sandbox:  # answered after the late one
         assert sandbox.pid in settled(launcher, 1)
     launcher.close()
+
+
+def test_a_launcher_that_does_not_answer_is_asked_for_no_more_sandboxes(
+    spec: SandboxSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutdown_launcher()
+    silent = shared()
+    living = Sandbox(spec)
+    monkeypatch.setattr("skyrl_minisandbox.sandbox.client.ANSWER_TIMEOUT", 0.2)
+    os.kill(silent.pid, signal.SIGSTOP)
+    with pytest.raises(SandboxError, match="did not answer `create`"):
+        Sandbox(spec)
+    monkeypatch.undo()
+    with Sandbox(spec) as sandbox:
+        assert sandbox.run("echo made").output == "made\n"
+        assert shared().pid != silent.pid
+    assert living.run("echo lives").output == "lives\n"
+    os.kill(silent.pid, signal.SIGCONT)
+    living.close()
+    shutdown_launcher()
+    assert not silent.alive, "the one that was put aside ends with the other"
 
 
 def test_the_launcher_gets_nothing_of_our_environment_but_where_its_library_lies(

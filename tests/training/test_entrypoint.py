@@ -210,6 +210,8 @@ def test_what_would_fail_once_engines_are_up_is_refused_before(
     assert ask(trainer, "refused", *keys, *asynchronous, fits, mode="async") == {}
     assert "colocate_all=false" in error(*asynchronous, fits, "trainer.placement.colocate_all=true")["hint"]
 
+    no_class = error(mode="tests.training.trees.Mine")
+    assert no_class["message"] == "mode `tests.training.trees.Mine`: `tests.training.trees` has no `Mine`"
     nowhere = error(f"data.train_data=['{tmp_path}/train.parquet']")
     assert nowhere["message"] == f"`data.train_data`: there is no file {tmp_path}/train.parquet"
     nothing = error("data.val_data=[]", mode="generate")
@@ -230,7 +232,7 @@ def test_missing_images_are_told_with_the_command_that_builds_them(
 ) -> None:
     error = ask(trainer, "refused", *good(data), f"{OURS}.images.store={tmp_path}/store", mode="sync")
     assert error["message"] == f"1 of 1 images are not in the store {tmp_path}/store: those of small-0"
-    assert error["hint"] == f"minisandbox image build tasks=pypi images.store={tmp_path}/store"
+    assert error["hint"] == f"minisandbox image build tasks=… images.store={tmp_path}/store"
     assert not (tmp_path / "store").exists(), "nothing was made by looking"
 
 
