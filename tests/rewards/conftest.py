@@ -12,6 +12,7 @@ from skyrl_minisandbox.images import Cache, Store, build_image
 from skyrl_minisandbox.images.cache import Checkout
 from skyrl_minisandbox.images.recipe import Recipe
 from skyrl_minisandbox.sandbox import Limits, Sandbox
+from tests.rewards import channels
 from tests.support import require
 
 _GIT = "git -c user.name=test -c user.email=test@example.invalid"
@@ -65,3 +66,10 @@ def open_sandbox(store_directory: Path, cache_directory: Path) -> Iterator[Opene
     """Fresh sandboxes of that image."""
     with sandboxes(RECIPE, store_directory, cache_directory) as make:
         yield make
+
+
+@pytest.fixture
+def plain(store_directory: Path, cache_directory: Path) -> Iterator[Sandbox]:
+    """A sandbox with a Python at /opt/env that has nothing but its standard library."""
+    with channels.opened(channels.RECIPE, store_directory, cache_directory) as sandbox:
+        yield sandbox
