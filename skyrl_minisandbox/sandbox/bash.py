@@ -192,7 +192,7 @@ class Bash:
             # Its trap runs when what is waited for has ended. Where the command took the trap away, this ends bash.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGRTMAX - _BELOW_RTMAX)
-        processes.kill_command(self.pid, self._begun, others, itself=itself, attempt=attempt)
+        processes.kill_command(self.pid, self._begun, others, itself=itself)
 
     def end(self) -> None:
         """Forget a shell that ended."""

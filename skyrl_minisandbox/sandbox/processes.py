@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-_ROUNDS = 100  # of looking for processes that are not stopped yet, in one attempt
-_LAST_ATTEMPT = 5
+_ROUNDS = 5  # of looking for processes that are not stopped yet; more are a fork bomb's
 
 
 class Capture:
@@ -95,6 +94,7 @@ class _Process(NamedTuple):
     """A line of the table: fields 3, 4, 6 and 22 of /proc/PID/stat."""
 
     alive: bool
+    stopped: bool
     parent: int
     session: int
     start: int  # clock ticks since the machine's
@@ -110,7 +110,10 @@ def _table() -> dict[int, _Process]:
                     fields = file.read().rpartition(b")")[2].split()
             except OSError:
                 continue
-            table[int(name)] = _Process(fields[0] not in (b"Z", b"X"), int(fields[1]), int(fields[3]), int(fields[19]))
+            state = fields[0]
+            table[int(name)] = _Process(
+                state not in (b"Z", b"X"), state == b"T", int(fields[1]), int(fields[3]), int(fields[19])
+            )
     return table
 
 
@@ -189,9 +192,7 @@ def kill_all(pids: Iterable[int], sign: int = signal.SIGKILL) -> None:
             os.kill(pid, sign)
 
 
-def kill_command(
-    root: int, since: tuple[int, int] | None, others: frozenset[int], *, itself: bool = True, attempt: int = 1
-) -> None:
+def kill_command(root: int, since: tuple[int, int] | None, others: frozenset[int], *, itself: bool = True) -> None:
     """Kill what a command started since a `moment`, daemons too, and `root` if told so. since: None for root's start.
 
     others: roots of other trees (shells), which live on with what is below them, as does everything that was there
@@ -204,14 +205,16 @@ def kill_command(
     and ended daemons would stay zombies, for which `kill -0` still finds a process, as no test runner reaps strangers.
 
     First everything is stopped, and what was not forked yet cannot be; then it is killed: a fork bomb would fill each
-    place that a killed process leaves. Where even that finds new ones without end, the last attempt kills everything
-    inside. Without a /proc only the process group can be told: `root` goes too, whatever `itself` says.
+    place that a killed process leaves. Where new ones keep coming, all inside is stopped at once, and what is not the
+    command's continued: not always so, because whoever has a terminal in there would be told of stopped jobs. Without a
+    /proc only the process group can be told: `root` goes too, whatever `itself` says.
     """
     if not os.path.exists("/proc/self"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(root, signal.SIGKILL)
         return
     kill_all({root}, signal.SIGSTOP)
+    halted: set[int] | None = None  # what was stopped before all was
     stopped: set[int] = set()
     for _ in range(_ROUNDS):
         running = belonging(root, since, others) - stopped
@@ -220,7 +223,10 @@ def kill_command(
         kill_all(running, signal.SIGSTOP)
         stopped |= running
     else:
-        if attempt >= _LAST_ATTEMPT:
-            stopped = {-1}
+        halted = {pid for pid, process in _table().items() if process.stopped}
+        kill_all({-1}, signal.SIGSTOP)  # one pass of the kernel's, which no fork escapes
+        stopped |= belonging(root, since, others)
     kill_all(stopped)
+    if halted is not None:
+        kill_all(set(_table()) - stopped - halted - {root}, signal.SIGCONT)
     kill_all({root}, signal.SIGKILL if itself else signal.SIGCONT)

@@ -434,7 +434,7 @@ class Server:
             if command.shell is not None:
                 command.shell.interrupt(command.attempts, others)
             else:
-                processes.kill_command(command.pid, None, others, attempt=command.attempts)
+                processes.kill_command(command.pid, None, others)
 
     def _finish(self, command: Command, code: int, notice: str = "") -> None:
         del self._commands[command.request]

@@ -27,6 +27,18 @@ def lives(sandbox: Sandbox, mark: str) -> bool:
     return sandbox.run(f"grep -qzx '[{mark[0]}]{mark[1:]}' /proc/[0-9]*/cmdline 2>/dev/null").exit_code == 0
 
 
+def of_each(sandbox: Sandbox, mark: str, command: str) -> str:
+    """What a command prints for each `sleep MARK` inside, whose /proc directory is $p."""
+    mark = f"[{mark[0]}]{mark[1:]}"
+    loop = f"for p in /proc/[0-9]*; do if grep -qzx '{mark}' $p/cmdline 2>/dev/null; then {command}; fi; done"
+    return sandbox.run(loop).output
+
+
+def states(sandbox: Sandbox) -> list[str]:
+    """One letter each: of the daemons 1111 and 2222."""
+    return [of_each(sandbox, mark, "sed -n 's/^State:.//p' $p/status")[:1] for mark in ("1111", "2222")]
+
+
 def test_a_timeout_ends_the_daemons_of_its_command_and_no_older_ones(sandbox: Sandbox) -> None:
     sandbox.run(DAEMON.format(1111) + "sleep 2222 & true")
     assert living(sandbox, "1111") and living(sandbox, "2222")
@@ -59,13 +71,15 @@ def test_a_job_of_before_may_lose_its_parent_while_a_command_runs_out_of_time(sa
 @pytest.mark.parametrize("where", ["run", "shell"])
 def test_a_fork_bomb_that_is_out_of_time_is_ended(open_sandbox: Callable[..., Sandbox], where: str) -> None:
     sandbox = open_sandbox(limits=Limits(memory=1 << 30, disk=1 << 26, processes=150))
-    sandbox.run(DAEMON.format(1111))
-    assert living(sandbox, "1111")
+    sandbox.run(DAEMON.format(1111) + DAEMON.format(2222))
+    assert living(sandbox, "1111") and living(sandbox, "2222")
+    of_each(sandbox, "2222", "kill -STOP ${p#/proc/}")
+    assert states(sandbox) == ["S", "T"]
     run = sandbox.run if where == "run" else sandbox.shell().run
     began = time.monotonic()
     assert run(BOMB, timeout=2).timed_out
     assert time.monotonic() - began < seconds(20)
-    assert living(sandbox, "1111")
+    assert states(sandbox) == ["S", "T"], "they are as they were"
     deadline = time.monotonic() + seconds(10)  # all are killed; a machine that is busy takes a moment to end them
     while (left := int(sandbox.run("ls -d /proc/[0-9]* | wc -l").output)) >= 10 and time.monotonic() < deadline:
         time.sleep(0.02)
