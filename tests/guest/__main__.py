@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     add("--minutes", type=float, default=30, help="the guest is ended after these (default: 30)")
     add("--accel", choices=("kvm", "tcg"), help="default: kvm where it works, else tcg")
     add("--out", type=Path, help="a directory for what the command leaves in $OUT")
+    add("--at-once", type=int, default=0, help="guests of --tests that run at once (default: one for each processor)")
     add("--tests", action="store_true", help="tests/sandbox and tests/security, every way; COMMAND: pytest's arguments")
     add("command", nargs=argparse.REMAINDER, metavar="COMMAND …")
     # The kernel first: argparse would give the options after it to the command.
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         suite = suite_of(kernel)
         if given.tests:
             out = given.out or cache_directory() / f"results-{kernel}"
-            return suites.run(kernel, command, out, accelerators)
+            return suites.run(kernel, command, out, accelerators, given.at_once)
         with tempfile.TemporaryDirectory(prefix="minisandbox-tests-out-") as directory:
             out = given.out or Path(directory)
             if not command:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.guest.image import GuestError, cache_directory, checkout_disk, root_disk, suite_of
@@ -46,8 +47,30 @@ class Outcome:
     directory: Path
 
 
-def boot(kernel: str, runs: Sequence[Run], limit: float, out: Path, accelerators: Sequence[str] = ()) -> Outcome:
-    """Run these in one guest, at most `limit` seconds; its console goes to stdout. Raises GuestError."""
+class Console:
+    """Where a guest's console goes: our stdout, each line with the guest's name before it where it has one."""
+
+    def __init__(self, name: str = "") -> None:
+        self._before = f"{name}: " if name else ""
+        self._rest = ""
+
+    def show(self, text: str) -> None:
+        if self._before:
+            *lines, self._rest = (self._rest + text).split("\n")
+            text = "".join(f"{self._before}{line}\n" for line in lines)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        self.show(f"guest: {text}\n")
+
+
+def boot(
+    kernel: str, runs: Sequence[Run], limit: float, out: Path, accelerators: Sequence[str] = (),
+    console: Console | None = None, enough: threading.Event | None = None,
+) -> Outcome:
+    """Run these in one guest, at most `limit` seconds or until it is enough. Raises GuestError."""
+    console, enough = console or Console(), enough or threading.Event()
     root = root_disk(suite_of(kernel))
     tried = list(accelerators or (["kvm", "tcg"] if _may_try_kvm() else ["tcg"]))
     with tempfile.TemporaryDirectory(prefix="minisandbox-tests-guest-") as directory:
@@ -59,18 +82,18 @@ def boot(kernel: str, runs: Sequence[Run], limit: float, out: Path, accelerators
             checkout_disk(scratch / "checkout.img", plan)
             with open(results, "wb") as file:
                 file.truncate(_RESULTS)
-            print(f"guest: qemu with accel={accelerator}, 2 CPUs, {_MEMORY} MiB; deadlines x {factor:g}, "
-                  f"at most {limit / 60:.0f} minutes", flush=True)
-            reason = _qemu(accelerator, root, scratch, limit)
+            console.say(f"qemu with accel={accelerator}, 2 CPUs, {_MEMORY} MiB; deadlines x {factor:g}, "
+                        f"at most {limit / 60:.0f} minutes")
+            reason = _qemu(accelerator, root, scratch, limit, console.show, enough)
             if not reason.startswith("not up"):
                 break
-            print(f"guest: accel={accelerator}: {reason}", flush=True)
+            console.say(f"accel={accelerator}: {reason}")
             if accelerator == "kvm":
                 _no_kvm().write_text(_this_boot())
         else:
             raise GuestError(f"the guest does not boot ({', '.join(tried)})")
         if reason:
-            print(f"guest: {reason}", flush=True)
+            console.say(reason)
         return _read(results, out)
 
 
@@ -94,7 +117,9 @@ def _planned(run: Run, factor: float) -> dict[str, object]:
     return {**dataclasses.asdict(run), "environment": environment}
 
 
-def _qemu(accelerator: str, root: Path, scratch: Path, limit: float) -> str:
+def _qemu(
+    accelerator: str, root: Path, scratch: Path, limit: float, show: Callable[[str], None], enough: threading.Event
+) -> str:
     """Boot, show the console, wait for the end; what went wrong, or ""."""
     program = shutil.which("qemu-system-x86_64")
     if program is None:
@@ -116,13 +141,16 @@ def _qemu(accelerator: str, root: Path, scratch: Path, limit: float) -> str:
         env={**os.environ, "TMPDIR": str(scratch)},
     )
     try:
-        return _watch(process, _BOOT[accelerator], limit)
+        return _watch(process, _BOOT[accelerator], limit, show, enough)
     finally:
         process.kill()
         process.wait()
 
 
-def _watch(process: subprocess.Popen[bytes], boot_limit: float, limit: float) -> str:
+def _watch(
+    process: subprocess.Popen[bytes], boot_limit: float, limit: float, show: Callable[[str], None],
+    enough: threading.Event,
+) -> str:
     assert process.stdout is not None
     started = time.monotonic()
     up, last = False, b""
@@ -132,22 +160,23 @@ def _watch(process: subprocess.Popen[bytes], boot_limit: float, limit: float) ->
             left = started + (limit if up else min(boot_limit, limit)) - time.monotonic()
             if left <= 0:
                 return f"ended after {limit:.0f} s: over its time" if up else f"not up after {boot_limit:.0f} s"
-            if not selector.select(left):
+            if enough.is_set():
+                return "interrupted"
+            if not selector.select(min(left, 1.0)):
                 continue
             chunk = os.read(process.stdout.fileno(), 65536)
             if not chunk:
                 return "" if up else f"not up: {last.decode(errors='replace').strip()[-300:] or 'qemu ended'}"
             last = (last + chunk)[-4000:]
             if up:
-                _show(chunk)
+                show(_text(chunk))
             elif UP.encode() in last:
                 up = True
-                _show(last[last.index(UP.encode()):])
+                show(_text(last[last.index(UP.encode()):]))
 
 
-def _show(chunk: bytes) -> None:
-    sys.stdout.write(chunk.decode(errors="replace").replace("\r", ""))
-    sys.stdout.flush()
+def _text(chunk: bytes) -> str:
+    return chunk.decode(errors="replace").replace("\r", "")
 
 
 def _read(disk: Path, out: Path) -> Outcome:

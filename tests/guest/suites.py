@@ -1,16 +1,20 @@
-"""tests/sandbox and tests/security in a guest, once for each way a machine may be set up, and what came of it."""
+"""tests/sandbox and tests/security, for each way a machine may be set up in a guest of its own, and what came of it."""
 
 from __future__ import annotations
 
 import collections
+import os
 import re
 import shutil
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.guest.machine import Outcome, Run, boot
+from tests.guest.image import root_disk, suite_of
+from tests.guest.machine import Console, Outcome, Run, boot
 
 # (name, who, place, what must not be skipped for lack of)
 _WAYS = (
@@ -19,13 +23,14 @@ _WAYS = (
     ("user", "guest", "session", "userns,overlay,hypothesis,git"),
     ("root-without-cgroup", "root", "none", "root,userns,rootless,overlay,hypothesis,git"),
 )
-_EACH = 40 * 60.0  # seconds, of a run
-_TOTAL = 150 * 60.0
+_EACH = 60 * 60.0  # seconds, of a run
+_BESIDE = 10 * 60.0  # booting, and halting
 
 
-def run(kernel: str, arguments: Sequence[str], out: Path, accelerators: Sequence[str] = ()) -> int:
-    """Boot once, run every way, print a summary; 0 when each ran and passed.
+def run(kernel: str, arguments: Sequence[str], out: Path, accelerators: Sequence[str] = (), at_once: int = 0) -> int:
+    """Boot a guest for every way, print a summary; 0 when each ran and passed.
 
+    at_once: guests; 0: as many as this machine has processors, as a guest mostly keeps one busy.
     arguments: of pytest. Without a file or directory among them, the two directories; without a tier, the fast one.
     """
     chosen = tuple(arguments)
@@ -46,8 +51,22 @@ def run(kernel: str, arguments: Sequence[str], out: Path, accelerators: Sequence
     started = time.monotonic()
     for run in runs:  # what an earlier guest left is no result of this one
         shutil.rmtree(out / run.name, ignore_errors=True)
-    outcome = boot(kernel, runs, _TOTAL, out, accelerators)
-    failed = report(outcome, [run.name for run in runs])
+    root_disk(suite_of(kernel))  # made once
+    enough = threading.Event()
+    with ThreadPoolExecutor(at_once or len(os.sched_getaffinity(0))) as pool:
+        guests = {
+            run.name: pool.submit(
+                boot, kernel, [run], _EACH + _BESIDE, out / run.name, accelerators, Console(run.name), enough
+            )
+            for run in runs
+        }
+        try:
+            outcomes = {name: guest.result() for name, guest in guests.items()}
+        except BaseException:  # Ctrl-C: the guests end with us
+            enough.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    failed = [name for name, outcome in outcomes.items() if report(outcome, [name])]
     print(f"guest: {time.monotonic() - started:.0f} s in all; logs and JUnit files: {out}")
     return 1 if failed else 0
 
