@@ -16,13 +16,11 @@ The messages are pickled by us: both ends are ours, and Ray takes longer for it.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-import dataclasses
 import pickle
 import threading
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -111,49 +109,69 @@ Message = tuple[int, bytes]
 Answer = tuple[int, Any, Exception | None]
 
 
-@dataclasses.dataclass
 class Desk:
-    """Of one driver. kept: the exchange that waits for answers; it is let go by a result."""
+    """What is answered and not sent yet, of one driver. Answers come from any thread; the rest is the event loop's."""
 
-    answers: list[Answer] = dataclasses.field(default_factory=list)
-    kept: asyncio.Future[None] | None = None
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()  # guards the two below
+        self._answers: list[Answer] = []
+        self._told = False  # the loop knows that there are some
+        self._kept: asyncio.Future[None] | None = None  # the exchange that waits for them
+
+    def put(self, answer: Answer) -> None:
+        """Have it sent. The loop is told once for all that come before it has looked."""
+        with self._lock:
+            self._answers.append(answer)
+            told, self._told = self._told, True
+        if not told:
+            with contextlib.suppress(RuntimeError):  # the actor ends
+                self._loop.call_soon_threadsafe(self.let_go)
 
     def let_go(self) -> None:
-        if self.kept is not None and not self.kept.done():
-            self.kept.set_result(None)
+        """End the exchange that waits, if one does."""
+        if self._kept is not None and not self._kept.done():
+            self._kept.set_result(None)
+
+    async def answers(self) -> list[Answer]:
+        """All there are, as soon as there is one or somebody lets this go."""
+        if not self._answers:
+            self._kept = self._loop.create_future()
+            await self._kept
+        with self._lock:
+            answers, self._answers, self._told = self._answers, [], False
+        return answers
 
 
 class Callee:
-    """The actor's end: its own asynchronous methods, by name. Used in the actor's event loop only."""
+    """The actor's end: methods, by name, each of which gives a Future. Used in the actor's event loop only."""
 
-    def __init__(self, *methods: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, *methods: Callable[..., Future[Any]]) -> None:
         self._methods = {method.__name__: method for method in methods}
-        self._desks: dict[str, Desk] = collections.defaultdict(Desk)
-        self._running: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
+        self._desks: dict[str, Desk] = {}
 
     async def exchange(self, channel: str, messages: list[Message]) -> bytes:
         """Begin what is asked; give what is answered, as soon as there is some or another exchange comes."""
-        loop = asyncio.get_running_loop()
-        desk = self._desks[channel]
+        desk = self._desks.get(channel) or self._desks.setdefault(channel, Desk())
         for call, message in messages:
-            task = loop.create_task(self._run(desk, call, *pickle.loads(message)))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._begin(desk, call, *pickle.loads(message))
         desk.let_go()
-        if not desk.answers:
-            desk.kept = loop.create_future()
-            await desk.kept
-        answers, desk.answers = desk.answers, []
-        return pickle.dumps(answers, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(await desk.answers(), pickle.HIGHEST_PROTOCOL)
 
-    async def _run(self, desk: Desk, call: int, method: str, arguments: tuple[Any, ...]) -> None:
-        value: Any = None
-        failure: Exception | None = None
+    def _begin(self, desk: Desk, call: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:
-            value = await self._methods[method](*arguments)
-        except MiniSandboxError as error:
-            failure = error
+            future = self._methods[method](*arguments)
         except Exception as error:
-            failure = RuntimeError(one_line(error))  # its class may not be known, or not be pickled, where it goes
-        desk.answers.append((call, value, failure))
-        desk.let_go()
+            desk.put((call, None, _plain(error)))
+            return
+
+        def answered(done: Future[Any]) -> None:
+            error = done.exception()
+            desk.put((call, None, _plain(error)) if error is not None else (call, done.result(), None))
+
+        future.add_done_callback(answered)
+
+
+def _plain(error: BaseException) -> Exception:
+    """An error for the other side: the class of one that is not ours may not be known there, or not be pickled."""
+    return error if isinstance(error, MiniSandboxError) else RuntimeError(one_line(error))

@@ -425,28 +425,14 @@ class NodeActor:
 
     def __init__(self, setup: NodeSetup) -> None:
         self._node = Node(setup)
-        self._callee = Callee(self.open, self.grade, self.step, self.judge, self.close)
+        node = self._node
+        self._callee = Callee(node.open, node.grade, node.step, node.judge, node.close)
         handler = logging.FileHandler(self._node.logs / "node.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("skyrl_minisandbox").addHandler(handler)
 
     async def exchange(self, channel: str, messages: list[Message]) -> bytes:
         return await self._callee.exchange(channel, messages)
-
-    async def open(self, request: RolloutRequest) -> Turn:
-        return await asyncio.wrap_future(self._node.open(request))
-
-    async def grade(self, request: RolloutRequest, patch: str) -> Turn:
-        return await asyncio.wrap_future(self._node.grade(request, patch))
-
-    async def step(self, rollout_id: str, text: str) -> Turn:
-        return await asyncio.wrap_future(self._node.step(rollout_id, text))
-
-    async def judge(self, rollout_id: str) -> Turn:
-        return await asyncio.wrap_future(self._node.judge(rollout_id))
-
-    async def close(self, rollout_id: str, grade: bool, ended_by: EndedBy) -> Turn | None:
-        return await asyncio.wrap_future(self._node.close(rollout_id, grade, ended_by))
 
     async def status(self) -> NodeStatus:
         return self._node.status()

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 NOTICE = 0
 STUCK = "stuck"
+_SPARE = 8
+"""Threads that are kept for requests to come."""
+
 FAREWELL = 5.0
 """Seconds that an orphaned worker takes to end its sandboxes itself; what is left the kernel ends."""
 
@@ -192,16 +195,55 @@ def serve(connection: Connection) -> None:
             logger.exception("%s failed", method)
             send(call, None, NodeError(f"{method} failed on node {setup.node}: {one_line(error)}"))
 
-    try:
-        while True:
-            call, method, arguments = connection.recv()
-            name = f"{method}-{arguments[0] if arguments and isinstance(arguments[0], str) else call}"
-            threading.Thread(target=handle, args=(call, method, arguments), name=name, daemon=True).start()
-    except (EOFError, OSError):
-        pass
+    Readers(connection, handle).run()
     farewell = threading.Thread(target=worker.end, daemon=True)
     farewell.start()
     farewell.join(2 * FAREWELL)
+
+
+class Readers:
+    """Threads that take turns: the one that has read a request handles it while the next one reads.
+
+    So no request waits for a thread to start or to wake up. There are as many as requests are under way, and one.
+    """
+
+    def __init__(self, connection: Connection, handle: Callable[[int, str, tuple[Any, ...]], None]) -> None:
+        self._connection, self._handle = connection, handle
+        self._reading = threading.Lock()  # held by the one that reads
+        self._lock = threading.Lock()  # guards the one below
+        self._free = 0  # threads that read, or wait for that
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        """Until the owner hangs up."""
+        self._start()
+        self._over.wait()
+
+    def _start(self) -> None:
+        with self._lock:
+            self._free += 1
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while not self._over.is_set():
+            with self._reading:
+                try:
+                    call, method, arguments = self._connection.recv()
+                except (EOFError, OSError):
+                    self._over.set()
+                    return
+            with self._lock:
+                self._free -= 1
+                alone = self._free == 0
+            if alone:
+                self._start()
+            which = arguments[0] if arguments and isinstance(arguments[0], str) else call
+            threading.current_thread().name = f"{method}-{which}"
+            self._handle(call, method, arguments)
+            with self._lock:
+                if self._free >= _SPARE:
+                    return
+                self._free += 1
 
 
 def _warm_up() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,24 @@ def actor(connection: None) -> Iterator[Any]:
             finally:
                 self._now -= 1
 
-        async def echo(self, word: Any, pause: float = 0.0) -> Any:
-            await asyncio.sleep(pause)
-            return word
+        def echo(self, word: Any, pause: float = 0.0) -> Future[Any]:
+            said: Future[Any] = Future()
+            if pause:
+                threading.Timer(pause, said.set_result, [word]).start()
+            else:
+                said.set_result(word)
+            return said
 
-        async def never(self) -> None:
-            await asyncio.Event().wait()
+        def never(self) -> Future[None]:
+            return Future()
 
-        async def fail(self, ours: bool) -> None:
-            raise OutOfMemory("no memory", hint="buy some") if ours else KeyError("a fault")
+        def fail(self, ours: bool, later: bool) -> Future[None]:
+            error = OutOfMemory("no memory", hint="buy some") if ours else KeyError("a fault")
+            if not later:
+                raise error
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            return failed
 
         async def counts(self) -> tuple[int, int]:
             return self.exchanges, self.most
@@ -120,13 +128,14 @@ def test_two_drivers_of_one_actor_get_their_own(actor: Any) -> None:
     assert found == {which: [(which, turn) for turn in range(20)] for which in (0, 1)}
 
 
-def test_our_errors_come_as_they_are_and_others_as_text(actor: Any) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_our_errors_come_as_they_are_and_others_as_text(actor: Any, later: bool) -> None:
     caller = Caller(actor)
     with pytest.raises(OutOfMemory, match="no memory") as ours:
-        caller.call("fail", True).result(seconds(30))
+        caller.call("fail", True, later).result(seconds(30))
     assert ours.value.hint == "buy some"
     with pytest.raises(RuntimeError, match="KeyError: 'a fault'"):
-        caller.call("fail", False).result(seconds(30))
+        caller.call("fail", False, later).result(seconds(30))
     with pytest.raises(RuntimeError, match="KeyError: 'nothing'"):
         caller.call("nothing").result(seconds(30))
 

@@ -15,11 +15,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from skyrl_minisandbox.channel import Callee
 from skyrl_minisandbox.env import MiniSandboxEnv
-from skyrl_minisandbox.node import NodeActor
+from skyrl_minisandbox.node import NodeActor, NodeSetup
 from skyrl_minisandbox.policies.policy import Policy
 from skyrl_minisandbox.sandbox import Sandbox
 from skyrl_minisandbox.scaffolds.scaffold import Submission
@@ -127,7 +129,15 @@ class SabotagedEnv(MiniSandboxEnv):
 
 
 class SabotagedActor(NodeActor):
-    async def step(self, rollout_id: str, text: str) -> Any:
+    def __init__(self, setup: NodeSetup) -> None:
+        super().__init__(setup)
+        node = self._node
+        self._callee = Callee(node.open, node.grade, self.step, node.judge, node.close)
+
+    def step(self, rollout_id: str, text: str) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(self._sabotaged(rollout_id, text), asyncio.get_running_loop())
+
+    async def _sabotaged(self, rollout_id: str, text: str) -> Any:
         breaks = Break.parse(text)
         if breaks is not None and breaks.strikes("actor"):
             if breaks.fault == "raises":
@@ -140,7 +150,7 @@ class SabotagedActor(NodeActor):
                 await asyncio.sleep(SLOW)
             if breaks.fault == "wrong-type":
                 return NONSENSE
-        return await super().step(rollout_id, text)
+        return await asyncio.wrap_future(self._node.step(rollout_id, text))
 
 
 # -- worker process and launcher ------------------------------------------------------------------
