@@ -165,14 +165,18 @@ def join(entries: list[int]) -> None:
             os.close(fd)
 
 
+_HEADROOM = 16
+"""Of an upper on disk, one file may have all but such a part: who writes it is told, and the sandbox goes on."""
+
+
 def rlimits(request: Mapping[str, Any]) -> dict[int, int]:
     """What each process of a command is limited to by itself, as far as the machine's own limits allow."""
     limits = request["limits"]
     wanted = {resource.RLIMIT_NOFILE: limits["open_files"], resource.RLIMIT_CORE: limits["core"]}
     if not request["memory_cgroup"]:
         wanted[resource.RLIMIT_AS] = limits["memory"]
-    if request["upper"] is not None:  # no quota there; `watch.py` comes by a little later
-        wanted[resource.RLIMIT_FSIZE] = limits["disk"]
+    if request["upper"] is not None:  # no quota there; `watch.py` comes by a little later, and ends what is beyond
+        wanted[resource.RLIMIT_FSIZE] = limits["disk"] - limits["disk"] // _HEADROOM
     return {which: allowed(which, value) for which, value in wanted.items()}
 
 

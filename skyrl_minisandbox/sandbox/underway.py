@@ -30,6 +30,13 @@ class Command:
         self.shell: Bash | None = None
 
 
+def _full(error: OSError) -> OSError:
+    """The error, where it is the limit on one file that of a full disk: on a host's disk that stands for the limit."""
+    if error.errno != errno.EFBIG:
+        return error
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), error.filename)
+
+
 class Writing:
     """A file that DATA frames go into. What fails is told when all data has come, so that the stream stays in step."""
 
@@ -54,7 +61,7 @@ class Writing:
             while view and self._error is None:
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
-            self._error = error
+            self._error = _full(error)
 
     def finish(self) -> OSError | None:
         if self._fd >= 0:
@@ -75,7 +82,7 @@ class Unpacking:
             try:
                 self._unpacker.feed(data)
             except OSError as error:
-                self._error = error
+                self._error = _full(error)
             except tree.BadStream as error:
                 self._error = OSError(errno.EINVAL, str(error))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
 import time
@@ -92,8 +93,17 @@ def test_who_looks_at_uppers_ends_with_the_launcher_and_is_replaced_when_it_ends
 
 
 def test_one_file_larger_than_the_disk_limit_cannot_be_made(spec: SandboxSpec, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    two.write_bytes(bytes(33 * MIB))
     with Sandbox(dataclasses.replace(spec, limits=ON_DISK, upper=tmp_path / "u")) as sandbox:
-        assert sandbox.run("head -c 40M /dev/zero > one; stat -c %s one; rm one").output.endswith(f"{32 * MIB}\n")
+        done = sandbox.run("head -c 40M /dev/zero > one; stat -c %s one; sleep 2")  # a look at it, or two
+        assert done.output.endswith(f"{30 * MIB}\n") and sandbox.ended_by == ""
+        sandbox.run("rm one")
+        for write in (lambda: sandbox.write_file("two", b"x" * (33 * MIB)), lambda: sandbox.put_tree(two, "two")):
+            with pytest.raises(OSError) as full:
+                write()
+            assert full.value.errno == errno.ENOSPC
+            sandbox.run("rm two")
 
 
 def test_a_tree_is_measured_as_the_disk_has_it(tmp_path: Path) -> None:
