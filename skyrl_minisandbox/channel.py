@@ -5,7 +5,8 @@ takes a third of one. So what is called while messages are on their way goes alo
 back the same way:
 
     Caller (driver)   exchange ──>  [(call, method, arguments), …]
-                      <───────────  [(call, value, failure), …]    when there is one, or when another exchange has come
+                      <───────────  [(call, value, failure), …]    when there is one, another exchange has come, or
+                                                                   none did for long
 
 Two exchanges are under way at most: one of which the actor keeps hold of while nothing is answered, and one that brings
 it more. Where one caller calls at a time, each call is one exchange, as it would be without us.
@@ -15,10 +16,10 @@ The messages are pickled by us: both ends are ours, and Ray takes longer for it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import pickle
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,12 @@ from typing import Any
 from skyrl_minisandbox.errors import MiniSandboxError, one_line
 
 UNDER_WAY = 2
+
+EXCHANGES = 64
+"""Threads of the actor: 32 processes may share it. Threads, because Ray takes longer for an asynchronous actor."""
+
+KEPT = 30.0
+"""Seconds that the actor keeps hold of an exchange. Who waits comes again; a driver that is gone holds no thread."""
 
 _FOLLOWING = ThreadPoolExecutor(1, thread_name_prefix="channel")
 """One thread for all channels of a process. None of their own: it would hold on to the actor, and that to its name."""
@@ -110,53 +117,47 @@ Answer = tuple[int, Any, Exception | None]
 
 
 class Desk:
-    """What is answered and not sent yet, of one driver. Answers come from any thread; the rest is the event loop's."""
+    """What is answered and not sent yet, of one driver. Thread-safe."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()  # guards the two below
+        self._changed = threading.Condition()  # guards the two below
         self._answers: list[Answer] = []
-        self._told = False  # the loop knows that there are some
-        self._kept: asyncio.Future[None] | None = None  # the exchange that waits for them
+        self._exchanges = 0
 
     def put(self, answer: Answer) -> None:
-        """Have it sent. The loop is told once for all that come before it has looked."""
-        with self._lock:
+        """Have it sent."""
+        with self._changed:
             self._answers.append(answer)
-            told, self._told = self._told, True
-        if not told:
-            with contextlib.suppress(RuntimeError):  # the actor ends
-                self._loop.call_soon_threadsafe(self.let_go)
+            self._changed.notify_all()
 
-    def let_go(self) -> None:
-        """End the exchange that waits, if one does."""
-        if self._kept is not None and not self._kept.done():
-            self._kept.set_result(None)
-
-    async def answers(self) -> list[Answer]:
-        """All there are, as soon as there is one or somebody lets this go."""
-        if not self._answers:
-            self._kept = self._loop.create_future()
-            await self._kept
-        with self._lock:
-            answers, self._answers, self._told = self._answers, [], False
+    def take(self) -> list[Answer]:
+        """All there are, as soon as there is one; none when another has come for them, or for too long."""
+        deadline = time.monotonic() + KEPT
+        with self._changed:
+            self._exchanges += 1
+            mine = self._exchanges
+            self._changed.notify_all()  # whoever waits already goes, and can bring more
+            while not self._answers and self._exchanges == mine and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            answers, self._answers = self._answers, []
         return answers
 
 
 class Callee:
-    """The actor's end: methods, by name, each of which gives a Future. Used in the actor's event loop only."""
+    """The actor's end: methods, by name, each of which gives a Future. Thread-safe; `exchange` holds its thread."""
 
     def __init__(self, *methods: Callable[..., Future[Any]]) -> None:
         self._methods = {method.__name__: method for method in methods}
+        self._lock = threading.Lock()  # guards the one below
         self._desks: dict[str, Desk] = {}
 
-    async def exchange(self, channel: str, messages: list[Message]) -> bytes:
+    def exchange(self, channel: str, messages: list[Message]) -> bytes:
         """Begin what is asked; give what is answered, as soon as there is some or another exchange comes."""
-        desk = self._desks.get(channel) or self._desks.setdefault(channel, Desk())
+        with self._lock:
+            desk = self._desks.setdefault(channel, Desk())
         for call, message in messages:
             self._begin(desk, call, *pickle.loads(message))
-        desk.let_go()
-        return pickle.dumps(await desk.answers(), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(desk.take(), pickle.HIGHEST_PROTOCOL)
 
     def _begin(self, desk: Desk, call: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
-from skyrl_minisandbox.channel import Caller
+from skyrl_minisandbox.channel import EXCHANGES, Caller
 from skyrl_minisandbox.claims import sweep
 from skyrl_minisandbox.config import EnvConfig
 from skyrl_minisandbox.errors import NodeError, one_line
@@ -191,7 +191,7 @@ class RayCluster(Cluster):
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 num_cpus=0,
-                max_concurrency=10_000,  # calls wait for sandboxes, they do not compute
+                max_concurrency=EXCHANGES,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             )
             .remote(setup)

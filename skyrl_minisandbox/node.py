@@ -13,7 +13,6 @@ nobody else's doing, and does nothing to others.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -421,7 +420,8 @@ class MemoryKills:
 
 
 class NodeActor:
-    """A Node behind Ray: thin, asynchronous, one per Ray node. Drivers call its verbs through a channel."""
+    """A Node behind Ray: thin, one per Ray node, with `channel.EXCHANGES` threads. Drivers call its verbs through a
+    channel."""
 
     def __init__(self, setup: NodeSetup) -> None:
         self._node = Node(setup)
@@ -431,14 +431,14 @@ class NodeActor:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("skyrl_minisandbox").addHandler(handler)
 
-    async def exchange(self, channel: str, messages: list[Message]) -> bytes:
-        return await self._callee.exchange(channel, messages)
+    def exchange(self, channel: str, messages: list[Message]) -> bytes:
+        return self._callee.exchange(channel, messages)
 
-    async def status(self) -> NodeStatus:
+    def status(self) -> NodeStatus:
         return self._node.status()
 
-    async def shutdown(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self._node.shutdown)
+    def shutdown(self) -> None:
+        self._node.shutdown()
 
 
 def _worker_env() -> dict[str, str]:

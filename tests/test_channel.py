@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from skyrl_minisandbox.channel import UNDER_WAY, Callee, Caller
+from skyrl_minisandbox.channel import EXCHANGES, UNDER_WAY, Callee, Caller
 from skyrl_minisandbox.config import make_config
 from skyrl_minisandbox.errors import OutOfMemory
 from skyrl_minisandbox.own_ray import RayConnection
@@ -34,16 +34,19 @@ def actor(connection: None) -> Iterator[Any]:
     class Echo:  # defined here, so that Ray takes it along by value
         def __init__(self) -> None:
             self._callee = Callee(self.echo, self.never, self.fail)
+            self._lock = threading.Lock()
             self.exchanges = self.most = self._now = 0
 
-        async def exchange(self, channel: str, messages: list[Any]) -> bytes:
-            self.exchanges += 1
-            self._now += 1
-            self.most = max(self.most, self._now)
+        def exchange(self, channel: str, messages: list[Any]) -> bytes:
+            with self._lock:
+                self.exchanges += 1
+                self._now += 1
+                self.most = max(self.most, self._now)
             try:
-                return await self._callee.exchange(channel, messages)
+                return self._callee.exchange(channel, messages)
             finally:
-                self._now -= 1
+                with self._lock:
+                    self._now -= 1
 
         def echo(self, word: Any, pause: float = 0.0) -> Future[Any]:
             said: Future[Any] = Future()
@@ -64,10 +67,10 @@ def actor(connection: None) -> Iterator[Any]:
             failed.set_exception(error)
             return failed
 
-        async def counts(self) -> tuple[int, int]:
+        def counts(self) -> tuple[int, int]:
             return self.exchanges, self.most
 
-    made = ray.remote(Echo).options(num_cpus=0, max_concurrency=1000).remote()
+    made = ray.remote(Echo).options(num_cpus=0, max_concurrency=EXCHANGES).remote()
     ray.get(made.counts.remote())
     yield made
     ray.kill(made)

@@ -6,7 +6,6 @@ within the worker (a scaffold is code of the user's that runs there), the store 
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import errno
 import os
@@ -135,22 +134,21 @@ class SabotagedActor(NodeActor):
         self._callee = Callee(node.open, node.grade, self.step, node.judge, node.close)
 
     def step(self, rollout_id: str, text: str) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(self._sabotaged(rollout_id, text), asyncio.get_running_loop())
-
-    async def _sabotaged(self, rollout_id: str, text: str) -> Any:
         breaks = Break.parse(text)
         if breaks is not None and breaks.strikes("actor"):
             if breaks.fault == "raises":
                 raise RuntimeError("a fault of the actor")
             if breaks.fault == "hangs":
-                await asyncio.Event().wait()
+                return Future()
             if breaks.fault == "dies":
                 os._exit(1)
             if breaks.fault == "slow":
-                await asyncio.sleep(SLOW)
+                time.sleep(SLOW)
             if breaks.fault == "wrong-type":
-                return NONSENSE
-        return await asyncio.wrap_future(self._node.step(rollout_id, text))
+                wrong: Future[Any] = Future()
+                wrong.set_result(NONSENSE)
+                return wrong
+        return self._node.step(rollout_id, text)
 
 
 # -- worker process and launcher ------------------------------------------------------------------
