@@ -449,7 +449,8 @@ class Server:
         flags = wire.TIMED_OUT if command.timed_out else 0
         if any(command.capture.dropped.values()):
             flags |= wire.TRUNCATED
-        if any(limits.is_full(path) for path in self._places):
+        # An upper on disk has no end but the limit on one file.
+        if code == 128 + signal.SIGXFSZ or any(limits.is_full(path) for path in self._places):
             flags |= wire.DISK_FULL
         for stream, data in command.capture.chunks():
             kind = Answer.STDOUT if stream == 1 else Answer.STDERR

@@ -135,7 +135,8 @@ class CommandResult:
         stream, kept in `stdout`.
     exit_code: the exit status, 128 + N when ended by signal N, 124 when `timed_out`.
     oom_killed: a process of the sandbox was killed for memory while the command ran.
-    disk_full: the root file system, /dev/shm or a private /tmp had no room or no inode left when the command ended.
+    disk_full: the root file system, /dev/shm or a private /tmp had no room or no inode left when the command ended; or
+        one file was to become larger than an upper on disk may be.
     seconds: wall time inside the sandbox.
     merged: stdout and stderr in the order of their arrival.
     notice: one sentence for the agent when its shell had to be started anew, else empty.

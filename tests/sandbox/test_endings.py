@@ -98,7 +98,8 @@ def test_one_file_larger_than_the_disk_limit_cannot_be_made(spec: SandboxSpec, t
     with Sandbox(dataclasses.replace(spec, limits=ON_DISK, upper=tmp_path / "u")) as sandbox:
         done = sandbox.run("head -c 40M /dev/zero > one; stat -c %s one; sleep 2")  # a look at it, or two
         assert done.output.endswith(f"{30 * MIB}\n") and sandbox.ended_by == ""
-        sandbox.run("rm one")
+        assert sandbox.run("rm one; head -c 40M /dev/zero > one").disk_full
+        assert not sandbox.run("rm one").disk_full
         for write in (lambda: sandbox.write_file("two", b"x" * (33 * MIB)), lambda: sandbox.put_tree(two, "two")):
             with pytest.raises(OSError) as full:
                 write()
