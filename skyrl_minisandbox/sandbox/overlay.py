@@ -14,6 +14,7 @@ from typing import Any
 from skyrl_minisandbox.sandbox import linux
 from skyrl_minisandbox.sandbox.limits import tmpfs_size
 from skyrl_minisandbox.sandbox.mounts import HOST
+from skyrl_minisandbox.sandbox.watch import measure
 
 # Users and groups of a sandbox, as the host sees them: the last 65,536 of the range that systemd documents for
 # containers (systemd.io/UIDS-GIDS), so that no account of the machine is among them.
@@ -127,9 +128,14 @@ class Overlays:
         """Make a layer of an upper whose sandbox has ended: its number, and the bytes and inodes that it takes."""
         path, number = self._attach(upper_fd)
         self._frozen[number] = path
-        used = os.statvfs(f"/{path}")
         if not on_tmpfs:  # what is used there is the whole file system's
-            return {"layer": number, "bytes": 0, "inodes": 0}
+            top = os.open(f"/{path}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                size, count = measure(top)
+            finally:
+                os.close(top)
+            return {"layer": number, "bytes": size, "inodes": count}
+        used = os.statvfs(f"/{path}")
         return {
             "layer": number, "bytes": (used.f_blocks - used.f_bfree) * used.f_frsize,
             "inodes": used.f_files - used.f_ffree,

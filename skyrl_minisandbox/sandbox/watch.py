@@ -7,6 +7,7 @@ This is the one place that polls: a file system tells nobody that a tree has gro
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -124,6 +125,12 @@ def _loop(sock: socket.socket) -> None:
 
 def is_beyond(top: int, disk: int, inodes: int) -> bool:
     """Whether a tree takes more than so many bytes of its disk, or has more than so many entries."""
+    size, count = measure(top, disk, inodes)
+    return size > disk or count > inodes
+
+
+def measure(top: int, disk: float = math.inf, inodes: float = math.inf) -> tuple[int, int]:
+    """What a tree takes: (bytes of its disk, entries). What is beyond these is not measured further."""
     size, count = 0.0, 0
     # (descriptor, its directories that are still to be opened); depth first, so that few are open at once
     stack: list[tuple[int, list[str]]] = []
@@ -141,7 +148,7 @@ def is_beyond(top: int, disk: int, inodes: int) -> bool:
                         # A file of several names is counted in parts: they all lie in this tree.
                         size += status.st_blocks * _BLOCK / (1 if directory else max(status.st_nlink, 1))
                         if size > disk or count > inodes:
-                            return True
+                            return math.ceil(size), count
                         if directory and len(stack) < _DEEPEST:
                             below.append(entry.name)
             except OSError:
@@ -151,7 +158,7 @@ def is_beyond(top: int, disk: int, inodes: int) -> bool:
                 while stack and not stack[-1][1]:
                     os.close(stack.pop()[0])
                 if not stack:
-                    return False
+                    return math.ceil(size), count
                 try:
                     fd = os.open(stack[-1][1].pop(), _DIRECTORY, dir_fd=stack[-1][0])
                 except OSError:

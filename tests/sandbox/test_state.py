@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -243,9 +244,11 @@ def test_a_closed_sandbox_has_no_state(spec: SandboxSpec) -> None:
             act()
 
 
-def test_what_was_frozen_still_counts_as_disk(spec: SandboxSpec) -> None:
+@pytest.mark.parametrize("place", ["usual", "disk"])
+def test_what_was_frozen_still_counts_as_disk(spec: SandboxSpec, tmp_path: Path, place: str) -> None:
     limits = dataclasses.replace(spec.limits, disk=32 * MIB)
-    with Sandbox(dataclasses.replace(spec, limits=limits)) as sandbox:
+    upper = tmp_path / "upper" if place == "disk" else None
+    with Sandbox(dataclasses.replace(spec, limits=limits, upper=upper)) as sandbox:
         assert sandbox.run("head -c 20M /dev/zero > big").exit_code == 0
         (child,) = sandbox.fork(1)
         for each in (child, sandbox):
