@@ -80,7 +80,11 @@ def test_a_job_that_was_killed_leaves_nothing_to_the_next(bench: Bench, start) -
         job.until(command)
         everything = job.processes()
         job.process.kill()
-        assert gone(everything) == []
+        names = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        agents = [process for process in everything if process.command.startswith(names)]
+        assert gone([process for process in everything if process not in agents]) == []
+        # Ray's (2.57) tell a GCS that is no longer there why they end, for a minute.
+        assert gone(agents, 150.0) == []
     with bench.engine() as engine:
         code = start(engine, *SIMULATION).wait()
     assert code == 0
