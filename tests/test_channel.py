@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from skyrl_minisandbox import channel
 from skyrl_minisandbox.channel import EXCHANGES, UNDER_WAY, Callee, Caller
 from skyrl_minisandbox.config import make_config
 from skyrl_minisandbox.errors import OutOfMemory
@@ -67,6 +68,9 @@ def actor(connection: None) -> Iterator[Any]:
             failed.set_exception(error)
             return failed
 
+        def keep(self, seconds: float) -> None:
+            channel.KEPT = seconds
+
         def counts(self) -> tuple[int, int]:
             return self.exchanges, self.most
 
@@ -113,6 +117,15 @@ def test_one_that_is_never_answered_keeps_nobody_waiting(actor: Any) -> None:
     deadline = time.monotonic() + seconds(30)
     late = caller.call("echo", "late", 0.3)  # asked for before, answered with nothing else under way
     assert late.result(deadline - time.monotonic()) == "late"
+
+
+def test_who_is_kept_for_too_long_comes_again_and_is_answered(actor: Any) -> None:
+    import ray
+
+    ray.get(actor.keep.remote(0.05))
+    assert Caller(actor).call("echo", "late", 1.0).result(seconds(30)) == "late"
+    exchanges, most = counts(actor)
+    assert exchanges > 3 and most == 1
 
 
 def test_two_drivers_of_one_actor_get_their_own(actor: Any) -> None:
