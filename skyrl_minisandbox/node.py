@@ -26,11 +26,10 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from skyrl_minisandbox.channel import Callee, Message
+from skyrl_minisandbox.channel import Callee
 from skyrl_minisandbox.claims import Claim, sweep
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, OutOfMemory, WorkerLost
 from skyrl_minisandbox.record import EndedBy
@@ -282,7 +281,7 @@ class WorkerProcess:
         self.draining = False
         self._setup, self._log = setup, log
         self._on_gone, self._on_stuck = on_gone, on_stuck
-        self._sending = threading.Lock()  # a request is more than one write
+        self._sending = threading.Lock()  # a request may be more than one write
         self._lock = threading.Lock()  # guards the three below
         self._calls: dict[int, Future[Any]] = {}
         self._last_call = NOTICE
@@ -301,7 +300,7 @@ class WorkerProcess:
         self.pid = self._process.pid
         self._memory = MemoryKills(self.pid)
         self._socket = ours
-        self._connection = Connection(os.dup(ours.fileno()))
+        self._replies = ours.makefile("rb")
         self._send(setup)
         threading.Thread(target=self._read, name=f"worker-{self.pid}", daemon=True).start()
 
@@ -354,12 +353,12 @@ class WorkerProcess:
     def _send(self, message: Any) -> None:
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         with self._sending, contextlib.suppress(OSError):  # gone: the reading thread tells everybody
-            self._connection.send_bytes(data)
+            self._socket.sendall(data)
 
     def _read(self) -> None:
         try:
             while True:
-                call, value, error = self._connection.recv()
+                call, value, error = pickle.load(self._replies)
                 if call == NOTICE:
                     if value == STUCK:
                         self._on_stuck(self)
@@ -391,7 +390,7 @@ class WorkerProcess:
             else:
                 self._over = WorkerLost(f"{which} is gone ({how}); its log: {self._log}")
             calls, self._calls = self._calls, {}
-            self._connection.close()
+            self._replies.close()
             self._socket.close()
         self._on_gone(self, self._over)
         for future in calls.values():
@@ -431,8 +430,8 @@ class NodeActor:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("skyrl_minisandbox").addHandler(handler)
 
-    def exchange(self, channel: str, messages: list[Message]) -> bytes:
-        return self._callee.exchange(channel, messages)
+    def exchange(self, data: bytes) -> bytes:
+        return self._callee.exchange(data)
 
     def status(self) -> NodeStatus:
         return self._node.status()

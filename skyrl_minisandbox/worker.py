@@ -4,8 +4,8 @@ A scaffold's thread that is stuck cannot be killed, and a crash in C takes its p
 rollouts live in processes that a node can lose. The channel is one inherited socket: its EOF ends the
 worker, and with it its launcher and every sandbox, however the owner died.
 
-Wire, pickled by multiprocessing.connection (both ends are ours; nothing from inside a sandbox is on
-it): first a `WorkerSetup`; then requests `(call, method, arguments)` and replies `(call, value, error)`.
+Wire, one pickle after the other (both ends are ours; nothing from inside a sandbox is on it): first a
+`WorkerSetup`; then requests `(call, method, arguments)` and replies `(call, value, error)`.
 Call 0 is a notice of the worker's own: `stuck`, after which the node gives it nothing new.
 """
 
@@ -16,12 +16,12 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, one_line
 from skyrl_minisandbox.record import EndedBy
@@ -161,18 +161,19 @@ class Worker:
             self._notify(STUCK)
 
 
-def serve(connection: Connection) -> None:
+def serve(owner: socket.socket) -> None:
     """Answer requests until the owner hangs up."""
-    sending = threading.Lock()  # a reply is more than one write
+    requests = owner.makefile("rb")
+    sending = threading.Lock()  # a reply may be more than one write
 
     def send(call: int, value: Any, error: BaseException | None) -> None:
         with sending:
             try:
-                connection.send_bytes(pickle.dumps((call, value, error), pickle.HIGHEST_PROTOCOL))
+                owner.sendall(pickle.dumps((call, value, error), pickle.HIGHEST_PROTOCOL))
             except OSError:
                 pass  # the owner is gone; the reading thread sees it too and ends us
 
-    setup: WorkerSetup = connection.recv()
+    setup: WorkerSetup = pickle.load(requests)
     sys.path.extend(path for path in setup.sys_path if path not in sys.path)
     worker = Worker(setup, lambda word: send(NOTICE, word, None))
     threading.Thread(target=_warm_up, name="warm-up", daemon=True).start()
@@ -195,7 +196,7 @@ def serve(connection: Connection) -> None:
             logger.exception("%s failed", method)
             send(call, None, NodeError(f"{method} failed on node {setup.node}: {one_line(error)}"))
 
-    Readers(connection, handle).run()
+    Readers(requests, handle).run()
     farewell = threading.Thread(target=worker.end, daemon=True)
     farewell.start()
     farewell.join(2 * FAREWELL)
@@ -207,8 +208,8 @@ class Readers:
     So no request waits for a thread to start or to wake up. There are as many as requests are under way, and one.
     """
 
-    def __init__(self, connection: Connection, handle: Callable[[int, str, tuple[Any, ...]], None]) -> None:
-        self._connection, self._handle = connection, handle
+    def __init__(self, requests: IO[bytes], handle: Callable[[int, str, tuple[Any, ...]], None]) -> None:
+        self._requests, self._handle = requests, handle
         self._reading = threading.Lock()  # held by the one that reads
         self._lock = threading.Lock()  # guards the one below
         self._free = 0  # threads that read, or wait for that
@@ -228,8 +229,10 @@ class Readers:
         while not self._over.is_set():
             with self._reading:
                 try:
-                    call, method, arguments = self._connection.recv()
-                except (EOFError, OSError):
+                    call, method, arguments = pickle.load(self._requests)
+                except Exception as error:
+                    if not isinstance(error, EOFError | OSError):
+                        logger.exception("a request cannot be read, so that nothing after it can be")
                     self._over.set()
                     return
             with self._lock:
@@ -264,7 +267,7 @@ def main() -> None:
     # where one that waits for its own KeyboardInterrupt would fail through Ray and pass without it.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s")
-    serve(Connection(int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)  # threads that are stuck must not keep us
 
 

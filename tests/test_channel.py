@@ -38,13 +38,13 @@ def actor(connection: None) -> Iterator[Any]:
             self._lock = threading.Lock()
             self.exchanges = self.most = self._now = 0
 
-        def exchange(self, channel: str, messages: list[Any]) -> bytes:
+        def exchange(self, data: bytes) -> bytes:
             with self._lock:
                 self.exchanges += 1
                 self._now += 1
                 self.most = max(self.most, self._now)
             try:
-                return self._callee.exchange(channel, messages)
+                return self._callee.exchange(data)
             finally:
                 with self._lock:
                     self._now -= 1

@@ -15,9 +15,10 @@ One condition variable holds all of it; nobody polls, and every wait has a deadl
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from skyrl_minisandbox.errors import PolicyError
 from skyrl_minisandbox.policies.policy import Message, PolicyStopped
@@ -26,6 +27,10 @@ from skyrl_minisandbox.record import EndedBy
 PATIENCE = 6 * 3600.0
 """Seconds that a scaffold waits for a text. Trainers pause for evaluation and checkpoints; a driver that is
 gone is noticed by its lease long before."""
+
+
+Said = tuple[str, str]
+"""A message as (role, content): of a history that is long, C makes and compares these in no time."""
 
 
 class InvertedPolicy:
@@ -42,7 +47,7 @@ class InvertedPolicy:
         self.history_divergence = 0
         self.turns = 0
         self._changed = threading.Condition()  # guards everything below
-        self._seen: list[Message] = []  # the scaffold's history as of its last query, and our answer
+        self._seen: list[Said] = []  # the scaffold's history as of its last query, and our answer
         self._added: list[Message] | None = None  # what it asks with, until it is answered
         self._text: str | None = None  # handed over, not yet taken
         self._stopped: EndedBy | None = None
@@ -55,7 +60,7 @@ class InvertedPolicy:
 
         Raises `PolicyStopped` once the rollout has ended, `PolicyError` when nobody answers.
         """
-        history = [{"role": m["role"], "content": m["content"]} for m in messages]
+        history = said(messages)
         with self._changed:
             self._raise_if_stopped()
             self._added, lost = compare(self._seen, history)
@@ -71,7 +76,8 @@ class InvertedPolicy:
                 )
             text, self._text = self._text, None
             self.turns += 1
-            self._seen = [*history, {"role": "assistant", "content": text}]
+            history.append(("assistant", text))
+            self._seen = history
             return text
 
     def end(self) -> None:
@@ -148,18 +154,23 @@ class InvertedPolicy:
         return True
 
 
-def compare(seen: list[Message], history: list[Message]) -> tuple[list[Message], int]:
+def said(messages: Iterable[Message]) -> list[Said]:
+    """A copy that the scaffold cannot change."""
+    return list(map(operator.itemgetter("role", "content"), messages))
+
+
+def compare(seen: list[Said], history: list[Said]) -> tuple[list[Message], int]:
     """What `history` adds to `seen`, and how many of `seen` it lost.
 
     seen: the last query's messages followed by the answer to it (or empty).
     Returns the messages for the trainer, whose stream holds all of `seen` already: neither the answer nor
     any other assistant message is among them, as a trainer can only take those from its own model.
     """
+    if history[: len(seen)] == seen:
+        return _for_trainer(history[len(seen) :]), 0
     common = 0
     while common < min(len(seen), len(history)) and seen[common] == history[common]:
         common += 1
-    if common == len(seen):
-        return [m for m in history[common:] if m["role"] != "assistant"], 0
     # Something was lost. What counts as new begins after the last message that both have.
     lost, start, position = 0, common, common
     for message in seen[common:]:
@@ -168,4 +179,8 @@ def compare(seen: list[Message], history: list[Message]) -> tuple[list[Message],
             start = position
         except ValueError:
             lost += 1
-    return [m for m in history[start:] if m["role"] != "assistant"], lost
+    return _for_trainer(history[start:]), lost
+
+
+def _for_trainer(new: list[Said]) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in new if role != "assistant"]

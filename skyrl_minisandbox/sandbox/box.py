@@ -27,6 +27,7 @@ READY_TIMEOUT = 60.0
 ANSWER_SLACK = 30.0
 _LONGEST_POLL = 1e6  # a poll takes its milliseconds as an int: what lasts longer is waited for in pieces
 _USUAL = -1.0  # as a deadline: the slack from when it is waited for
+_AS_JSON = json.JSONEncoder(ensure_ascii=True, allow_nan=False).encode
 
 
 class TooLong(SandboxError):
@@ -86,7 +87,7 @@ class Box:
         """Send a request; its number. Raises `TooLong`, `SandboxGone`, `ValueError` for a timeout of NaN."""
         if ask.get("timeout") == math.inf:
             ask = {**ask, "timeout": None}
-        payload = json.dumps(ask, ensure_ascii=True, allow_nan=False).encode()
+        payload = _AS_JSON(ask).encode()
         if len(payload) > wire.MAX_PAYLOAD:
             raise TooLong(f"a request of {len(payload)} bytes; command and environment take {wire.MAX_PAYLOAD}")
         if self._unanswered and not self._closed.is_set():

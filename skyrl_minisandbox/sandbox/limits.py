@@ -21,6 +21,7 @@ import resource
 from collections.abc import Mapping
 from typing import Any
 
+from skyrl_minisandbox.sandbox import linux
 from skyrl_minisandbox.sandbox.cgroup_places import NoCgroup, Place, find_places, own_name, remove, write
 
 __all__ = ["Cgroup", "Cgroups", "NoCgroup", "join", "read_oom_kills"]
@@ -200,11 +201,10 @@ def is_full(path: str) -> bool:
 def read_oom_kills(path: str) -> int:
     """Processes killed for memory so far; -1 when the file is gone (the sandbox with it)."""
     try:
-        with open(path) as file:
-            for line in file:
-                key, _, value = line.partition(" ")
-                if key == "oom_kill":
-                    return int(value)
+        for line in linux.read_small(path).splitlines():
+            key, _, value = line.partition(b" ")
+            if key == b"oom_kill":
+                return int(value)
     except (OSError, ValueError):
         pass
     return -1

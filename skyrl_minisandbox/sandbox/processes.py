@@ -10,6 +10,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from skyrl_minisandbox.sandbox import linux
+
+_TICKS = os.sysconf("SC_CLK_TCK")
 _ROUNDS = 5  # of looking for processes that are not stopped yet; more are a fork bomb's
 
 
@@ -137,11 +140,10 @@ def command_lines(spare: set[int], most: int) -> list[bytes]:
 def moment() -> tuple[int, int]:
     """Now, as processes have it: (clock ticks since the machine's start, the last process number that was given)."""
     try:
-        with open("/proc/loadavg", "rb") as file:
-            last = int(file.read().split()[-1])
+        last = int(linux.read_small("/proc/loadavg").split()[-1])
     except OSError:
         last = 0
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")), last
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS), last
 
 
 def belonging(root: int, since: tuple[int, int] | None, others: frozenset[int]) -> set[int]:

@@ -195,7 +195,7 @@ class Server:
         command = Command(request, shell.pid, ask["timeout"], self._limits["output"])
         command.shell = shell
         self._commands[request] = command
-        self._watch(command, output, 1)
+        self._watch(command, output, 1, blocking=False)
 
     def start_shell(self, ask: dict[str, Any]) -> None:
         """Start one before its first command comes: bash gets ready while that is on its way."""
@@ -217,8 +217,9 @@ class Server:
         self._commands[request] = command
         self._finish(command, code)
 
-    def _watch(self, command: Command, fd: int, stream: int) -> None:
-        os.set_blocking(fd, False)
+    def _watch(self, command: Command, fd: int, stream: int, *, blocking: bool = True) -> None:
+        if blocking:
+            os.set_blocking(fd, False)
         command.outputs[fd] = stream
         self._by_output[fd] = command
         self._poll.register(fd, select.EPOLLIN)
@@ -444,8 +445,6 @@ class Server:
         for fd in list(command.outputs):  # still open: a background process holds it
             self._drains.add(fd)
             del self._by_output[fd]
-        if command.shell is not None:
-            command.shell.opened()
         flags = wire.TIMED_OUT if command.timed_out else 0
         if any(command.capture.dropped.values()):
             flags |= wire.TRUNCATED
@@ -460,5 +459,7 @@ class Server:
         code = 124 if command.timed_out else code
         done = wire.DONE.pack(code, flags, seconds) + notice.encode(errors="replace")
         self._answers.send(Answer.DONE, command.request, done)
-        if command.shell is not None and command.shell.pid:
-            command.shell.prepare()
+        if command.shell is not None:  # its owner has the result already
+            command.shell.opened()
+            if command.shell.pid:
+                command.shell.prepare()

@@ -103,7 +103,7 @@ def test_no_setting_of_the_shell_bends_a_result(shell: Shell, setting: str) -> N
 
 @pytest.mark.parametrize(
     "setting",
-    ["set -n", "builtin() { :; }", "readonly __minisandbox_code=1", "kill -STOP $$",
+    ["set -n", "builtin() { :; }", "readonly __ms=1", "kill -STOP $$",
      "shopt -s expand_aliases; alias builtin=false"],
 )
 def test_a_shell_that_was_made_dumb_gives_way_to_a_fresh_one(shell: Shell, setting: str) -> None:
