@@ -18,14 +18,15 @@ sandbox ended, or that did not end, is the caller's to repeat once on another no
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from skyrl_minisandbox.alarms import ALARMS
+from skyrl_minisandbox.belongings import Belongings, Late
 from skyrl_minisandbox.errors import (
     MiniSandboxError,
     NodeError,
@@ -44,14 +45,15 @@ from skyrl_minisandbox.turn import CANCELLATION, Finished, RolloutRequest, Turn
 
 if TYPE_CHECKING:
     from skyrl_minisandbox.images import Cache, Store
-    from skyrl_minisandbox.images.cache import Checkout
     from skyrl_minisandbox.images.pools import Pools
     from skyrl_minisandbox.rewards import TestReport
     from skyrl_minisandbox.sandbox import Sandbox
-    from skyrl_minisandbox.sandbox.client import LauncherClient
     from skyrl_minisandbox.scaffolds.scaffold import Submission
 
 logger = logging.getLogger(__name__)
+
+Finish = Callable[[], Turn]
+"""Takes a scaffold's end down, which may take as long as `RolloutRequest.stopping_seconds`."""
 
 LOG_KEPT = 256 << 10
 """Characters of a test log that travel to the driver: the tail, where test runners put their summary."""
@@ -75,16 +77,11 @@ class Rollout:
     ) -> None:
         self.request = request
         self.stuck = False  # its scaffold ignored the cancellation: the worker cannot be trusted any more
-        self._store, self._cache, self._node, self._pools = store, cache, node, pools
-        self._serial = threading.Lock()  # one of open, step, close, judge at a time
-        self._boxes = threading.Lock()  # guards the three below
-        self._sandboxes: list[Sandbox] = []
-        self._aborted = False
-        self._overdue = False  # what is under way has no time left
+        self._cache, self._node = cache, node
+        self._held = Belongings(request, store, cache, pools)
+        self._serial = threading.Lock()  # one of open, step, close, judge at a time; `begin` has another thread free it
         self._policy = InvertedPolicy(patience=request.bounds.idle)
         self._ready = threading.Event()  # the sandbox is there, or will never be
-        self._launcher: LauncherClient | None = None  # one for all its sandboxes, so that its death shows
-        self._checkout: Checkout | None = None
         self._sandbox: Sandbox | None = None
         self._submission: Submission | None = None
         self._error: BaseException | None = None
@@ -126,24 +123,75 @@ class Rollout:
         with self._serial:
             if self._over is not None:
                 return self._over
-            bounds = self.request.bounds
             started = time.monotonic()
             try:
-                messages = self._policy.answer(text, min(bounds.step, bounds.time - self._seconds.agent))
+                messages = self._policy.answer(text, self._time_left)
             except TimeoutError:
-                return self._finish(EndedBy.TIME)
-            finally:
-                self._seconds.agent += time.monotonic() - started
-                if self._policy.turns:
-                    self._conversation.append({"role": "assistant", "content": text})
-            if messages is None:
-                return self._finish(None)
-            self._conversation += messages
-            if self.request.max_turns and self._policy.turns >= self.request.max_turns:
-                return self._finish(EndedBy.TURN_LIMIT)
-            if self._seconds.agent >= bounds.time:
-                return self._finish(EndedBy.TIME)
-            return Turn(messages)
+                rest = self._went_on(text, started, None, late=True)
+            else:
+                rest = self._went_on(text, started, messages)
+            return rest if isinstance(rest, Turn) else rest()
+
+    def begin(self, text: str, reply: Callable[[Turn | Finish], None]) -> bool:
+        """`step` without waiting. False, and nothing happens, where it cannot be begun so: `step` does it.
+
+        reply: called once, with the Turn, or with the function to call for it where that takes its time. It is called
+            by the scaffold's thread, or `abort`'s, or an alarm's, none of which may wait in it.
+        """
+        if not self._serial.acquire(blocking=False):
+            return False
+        started, seconds = time.monotonic(), self._time_left
+
+        def settle(rest: Turn | Finish) -> None:
+            if isinstance(rest, Turn):
+                self._serial.release()
+                reply(rest)
+                return
+
+            def finish() -> Turn:
+                try:
+                    return rest()
+                finally:
+                    self._serial.release()
+
+            reply(finish)
+
+        def asked(messages: list[Message] | None) -> None:
+            ALARMS.cancel(self)
+            settle(self._went_on(text, started, messages))
+
+        def late() -> None:
+            if self._policy.take_back(asked):
+                settle(self._went_on(text, started, None, late=True))
+
+        if self._over is not None or seconds <= 0 or not self._policy.give(text, asked):
+            self._serial.release()
+            return False
+        ALARMS.set(self, seconds, late)
+        return True
+
+    @property
+    def _time_left(self) -> float:
+        bounds = self.request.bounds
+        return min(bounds.step, bounds.time - self._seconds.agent)
+
+    def _went_on(
+        self, text: str, started: float, messages: list[Message] | None, *, late: bool = False
+    ) -> Turn | Finish:
+        """Take down a text and what came of it (None: the scaffold ended); the Turn, or how it is to be ended now."""
+        self._seconds.agent += time.monotonic() - started
+        if self._policy.turns:
+            self._conversation.append({"role": "assistant", "content": text})
+        if late:
+            return lambda: self._finish(EndedBy.TIME)
+        if messages is None:
+            return lambda: self._finish(None)
+        self._conversation += messages
+        if self.request.max_turns and self._policy.turns >= self.request.max_turns:
+            return lambda: self._finish(EndedBy.TURN_LIMIT)
+        if self._seconds.agent >= self.request.bounds.time:
+            return lambda: self._finish(EndedBy.TIME)
+        return Turn(messages)
 
     def grade(self, patch: str) -> Turn:
         """Only grade `patch`, which another rollout left. Instead of `open`; never raises, as there."""
@@ -156,14 +204,14 @@ class Rollout:
             finally:
                 self._ready.set()
                 self._policy.end()
-                self._let_go()
+                self._held.give_back()
 
     def close(self, *, grade: bool, ended_by: EndedBy = EndedBy.LENGTH) -> Turn | None:
         """End it now: to be graded, or given up (None). Idempotent; one that has ended gives its end again."""
         if not grade:
             self.abort()
         with self._serial:
-            if self._over is None and grade and not self._aborted:
+            if self._over is None and grade and not self._held.aborted:
                 return self._finish(None if self._policy.wait_ended(0) else ended_by)
             return self._over if grade else self._turn
 
@@ -179,7 +227,7 @@ class Rollout:
             except Exception as failure:
                 return self._fail(failure)
             finally:
-                self._let_go()
+                self._held.give_back()
 
     @property
     def _over(self) -> Turn | None:
@@ -188,15 +236,12 @@ class Rollout:
 
     def abort(self) -> None:
         """Kill everything of it at once; whatever waits for it returns. Idempotent."""
-        with self._boxes:
-            self._aborted = True
-            boxes = list(self._sandboxes)
+        self._held.abort()
         self._policy.stop(EndedBy.ERROR)
-        for sandbox in boxes:
-            sandbox.close()
+        self._held.close_sandboxes()
         if self._ready.is_set() and not self._policy.wait_ended(CANCELLATION):
             self.stuck = True
-        self._release()
+        self._held.release()
 
     # -- the scaffold's thread --------------------------------------------------------------------
 
@@ -210,7 +255,7 @@ class Rollout:
             check_invertible(scaffold, request.scaffold.name)
             self._set_up()
             started = time.monotonic()
-            sandbox = self._open_sandbox()
+            sandbox = self._held.open_sandbox()
             self._seconds.create = time.monotonic() - started
             self._sandbox = sandbox
             self._ready.set()
@@ -219,33 +264,20 @@ class Rollout:
         except PolicyStopped:
             pass
         except BaseException as error:
-            if not self._aborted:
+            if not self._held.aborted:
                 logger.warning("rollout %s: %r", request.rollout_id, error, exc_info=True)
             self._error = error
         finally:
             self._ready.set()
             self._policy.end()
             # Given up while it was set up, or nobody answered for `idle`: nobody else will clean up.
-            if self._aborted or isinstance(self._error, PolicyError):
-                self._let_go()
+            if self._held.aborted or isinstance(self._error, PolicyError):
+                self._held.give_back()
 
     def _set_up(self) -> None:
-        from skyrl_minisandbox.sandbox.client import shared
-
         started = time.monotonic()
-        self._launcher = shared()
-        self._checkout = self._check_out()
+        self._held.set_up()
         self._seconds.checkout = time.monotonic() - started
-
-    def _check_out(self) -> Checkout:
-        task = self.request.task
-        image = self._store.find(task.recipe.digest())
-        if image is None:
-            raise StoreError(
-                f"the image of task {task.id} (recipe {task.recipe.digest()[:12]}) is not in the store",
-                hint=f"minisandbox image build tasks.ids=[{task.id}]",
-            )
-        return self._cache.checkout(image, self._store)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -263,7 +295,7 @@ class Rollout:
             try:
                 patch, left_out = self._take_patch(submission)
             except SandboxGone as gone:
-                if not self._node_is_healthy():
+                if not self._held.node_is_healthy():
                     raise
                 return self._ungraded(Event.SANDBOX_ENDED, ended_by, error or one_line(gone))
             self._left = Left(patch, ended_by, error, left_out)
@@ -271,9 +303,9 @@ class Rollout:
         except Exception as failure:
             return self._fail(failure)
         finally:
-            self._close_sandboxes()  # the agent's goes before grading starts
+            self._held.close_sandboxes()  # the agent's goes before grading starts
             if self._left is None:
-                self._release()
+                self._held.release()
 
     def _take_patch(self, submission: Submission | None) -> tuple[str, str]:
         """The patch, and what of the agent's work is not in it and why; mostly ""."""
@@ -283,8 +315,8 @@ class Rollout:
 
         sandbox, workdir = self._sandbox, self.request.task.recipe.workdir
         assert sandbox is not None
-        with self._in_time("taking the patch", self.request.bounds.grade):
-            taken = take_patch(sandbox, self._open_sandbox, workdir)
+        with self._held.in_time("taking the patch", self.request.bounds.grade):
+            taken = take_patch(sandbox, self._held.open_sandbox, workdir)
             return taken.patch, taken.left_out
 
     def _graded(self, left: Left) -> Turn:
@@ -293,7 +325,7 @@ class Rollout:
         request = self.request
         reward = load_reward(request.reward.name, **request.reward.options)
         report = self._verdict(left.patch, reward.needs)
-        if report.sandbox_died and not self._node_is_healthy():
+        if report.sandbox_died and not self._held.node_is_healthy():
             raise SandboxGone(report.error)
         told = f"not in the patch: {left.left_out}" if left.left_out else ""
         return self._end(
@@ -308,7 +340,7 @@ class Rollout:
 
     def _verdict(self, patch: str, needs: frozenset[str]) -> TestReport:
         """The grade; where `reward.memo` allows it, one that this node gave the same patch before."""
-        request, checkout = self.request, self._checkout
+        request, checkout = self.request, self._held.checkout
         if not request.reward.memo or checkout is None:
             return self._grade(patch, needs)
         from skyrl_minisandbox.rewards.memo import memo_at, memo_key
@@ -331,40 +363,13 @@ class Rollout:
         request = self.request
         started = time.monotonic()
         try:
-            with self._in_time(f"grading task {request.task.id}", request.grading_seconds):
-                return grade(request.task, patch, self._open_sandbox, grading=request.grading, needs=needs)
-        except _Late as late:
+            with self._held.in_time(f"grading task {request.task.id}", request.grading_seconds):
+                return grade(request.task, patch, self._held.open_sandbox, grading=request.grading, needs=needs)
+        except Late as late:
             outcome, mode = fault.outcome_of(Event.GRADING_LATE), request.grading.mode
             return TestReport(outcome, error=late.message, sandbox_died=True, grading=mode)
         finally:
             self._seconds.grade += time.monotonic() - started
-
-    @contextlib.contextmanager
-    def _in_time(self, what: str, seconds: float) -> Iterator[None]:
-        """End every sandbox when the block is not through after `seconds`, and let it have no other. Raises `_Late`
-        then."""
-        late = threading.Event()
-
-        def end() -> None:
-            with self._boxes:
-                late.set()
-                self._overdue = True
-            self._close_sandboxes()
-
-        watchdog = threading.Timer(seconds, end)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            yield
-        except Exception:
-            if not late.is_set():
-                raise
-        finally:
-            watchdog.cancel()
-            with self._boxes:
-                self._overdue = False
-        if late.is_set():
-            raise _Late(f"{what} took more than {seconds:g} s")
 
     def _ungraded(self, event: Event, ended_by: EndedBy, error: str) -> Turn:
         if ended_by in (EndedBy.TIME, EndedBy.TURN_LIMIT, EndedBy.LENGTH):
@@ -374,10 +379,10 @@ class Rollout:
 
     def _fail(self, error: BaseException) -> Turn:
         """Nothing could be graded, for a reason of ours unless the same row brings it about again."""
-        if self._aborted and isinstance(error, SandboxError):
+        if self._held.aborted and isinstance(error, SandboxError):
             error = NodeError("the rollout was given up")
         event = fault.event_of(error)
-        if isinstance(error, SandboxError) and self._launcher is not None and self._launcher.has_ended():
+        if isinstance(error, SandboxError) and self._held.launcher is not None and self._held.launcher.has_ended():
             event = Event.LAUNCHER_LOST  # what an exception says is less than what can be seen beside it
         outcome = fault.outcome_of(event, self.request.before)
         turn = self._end(outcome, EndedBy.ERROR, fault.reward_of(outcome), one_line(error), event=event)
@@ -437,37 +442,6 @@ class Rollout:
         )
         return self._turn
 
-    # -- sandboxes --------------------------------------------------------------------------------
-
-    def _open_sandbox(self, *, ready: bool = True) -> Sandbox:
-        """A fresh sandbox of the task's image, known to `abort`. ready: it may be one that was made before."""
-        from skyrl_minisandbox.images.pools import Wanted
-        from skyrl_minisandbox.sandbox import Sandbox
-
-        checkout = self._checkout
-        if checkout is None or self._launcher is None:
-            raise NodeError("the rollout was given up")
-        request = self.request
-        wanted = Wanted(request.limits, request.allow_degraded, request.on_disk)
-        if ready and request.pool and self._pools is not None:
-            sandbox = self._pools.take(checkout.image, wanted, request.pool, self._launcher)
-        else:
-            sandbox = Sandbox(wanted.spec(checkout), self._launcher)
-        with self._boxes:
-            if not (self._aborted or self._overdue):
-                self._sandboxes.append(sandbox)
-                return sandbox
-        sandbox.close()
-        raise NodeError("the rollout was given up")
-
-    def _node_is_healthy(self) -> bool:
-        """The one probe: does a new sandbox of the same image, from the same launcher, work?"""
-        try:
-            with self._open_sandbox(ready=False) as sandbox:
-                return sandbox.run(["true"], timeout=30).exit_code == 0
-        except MiniSandboxError:
-            return False
-
     def _stop_scaffold(self, ended_by: EndedBy | None) -> None:
         """Have its thread end by itself (a command under way is killed), or it costs the worker."""
         self._policy.stop(ended_by or EndedBy.SUBMIT)
@@ -476,24 +450,3 @@ class Rollout:
         if not self._policy.wait_ended(CANCELLATION):
             logger.error("rollout %s: its scaffold ignores its end", self.request.rollout_id)
             self.stuck = True
-
-    def _close_sandboxes(self) -> None:
-        with self._boxes:
-            boxes, self._sandboxes = self._sandboxes, []
-        for sandbox in boxes:
-            with contextlib.suppress(MiniSandboxError):
-                sandbox.close()
-
-    def _let_go(self) -> None:
-        self._close_sandboxes()
-        self._release()
-
-    def _release(self) -> None:
-        with self._boxes:
-            checkout, self._checkout = self._checkout, None
-        if checkout is not None:
-            checkout.release()
-
-
-class _Late(SandboxGone):
-    """Its sandboxes were closed by us, because what they did took too long."""

@@ -1,4 +1,5 @@
-"""A worker process: rollouts by id, each request in a thread, and a launcher of its own.
+"""A worker process: rollouts by id, and a launcher of its own. A request is handled in a thread of its own, but for a
+step, by far the most frequent: who reads it hands it over, and its answer is sent by the scaffold's thread.
 
 A scaffold's thread that is stuck cannot be killed, and a crash in C takes its process along; so
 rollouts live in processes that a node can lose. The channel is one inherited socket: its EOF ends the
@@ -25,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, one_line
 from skyrl_minisandbox.record import EndedBy
-from skyrl_minisandbox.rollout import Rollout
+from skyrl_minisandbox.rollout import Finish, Rollout
 from skyrl_minisandbox.turn import RolloutRequest, Turn
 
 if TYPE_CHECKING:
@@ -89,6 +90,25 @@ class Worker:
         """Answer a rollout's question."""
         rollout = self._rollout(rollout_id)
         return self._guarded(rollout, lambda: rollout.step(text))
+
+    def begin(self, rollout_id: str, text: str, reply: Callable[[Callable[[], Turn], bool], None]) -> bool:
+        """`step` without waiting. False, and nothing happens, where it cannot be begun so: `step` does it.
+
+        reply: called once, with what gives the Turn and may raise, and whether that takes its time: see
+            `Rollout.begin`.
+        """
+        with self._lock:
+            rollout = self._rollouts.get(rollout_id)
+        if rollout is None:
+            return False
+
+        def answered(rest: Turn | Finish) -> None:
+            if isinstance(rest, Turn):
+                reply(lambda: rest, False)
+            else:
+                reply(lambda: self._guarded(rollout, rest), True)
+
+        return rollout.begin(text, answered)
 
     def judge(self, rollout_id: str) -> Turn:
         """Grade a rollout that has ended."""
@@ -187,16 +207,32 @@ def serve(owner: socket.socket) -> None:
         "sign": lambda: None,
     }
 
-    def handle(call: int, method: str, arguments: tuple[Any, ...]) -> None:
+    def answer(call: int, method: str, function: Callable[[], Any]) -> None:
         try:
-            send(call, methods[method](*arguments), None)
+            send(call, function(), None)
         except MiniSandboxError as error:
             send(call, None, error)
         except BaseException as error:
             logger.exception("%s failed", method)
             send(call, None, NodeError(f"{method} failed on node {setup.node}: {one_line(error)}"))
 
-    Readers(requests, handle).run()
+    def begin(call: int, method: str, arguments: tuple[Any, ...]) -> bool:
+        if method != "step":
+            return False
+
+        def reply(function: Callable[[], Turn], takes_time: bool) -> None:
+            if takes_time:
+                threading.Thread(target=answer, args=(call, method, function), daemon=True).start()
+            else:
+                answer(call, method, function)
+
+        rollout_id, text = arguments
+        return worker.begin(rollout_id, text, reply)
+
+    def handle(call: int, method: str, arguments: tuple[Any, ...]) -> None:
+        answer(call, method, lambda: methods[method](*arguments))
+
+    Readers(requests, begin, handle).run()
     farewell = threading.Thread(target=worker.end, daemon=True)
     farewell.start()
     farewell.join(2 * FAREWELL)
@@ -206,10 +242,17 @@ class Readers:
     """Threads that take turns: the one that has read a request handles it while the next one reads.
 
     So no request waits for a thread to start or to wake up. There are as many as requests are under way, and one.
+
+    begin: handles a request without waiting, or says that it cannot. handle: for all others.
     """
 
-    def __init__(self, requests: IO[bytes], handle: Callable[[int, str, tuple[Any, ...]], None]) -> None:
-        self._requests, self._handle = requests, handle
+    def __init__(
+        self,
+        requests: IO[bytes],
+        begin: Callable[[int, str, tuple[Any, ...]], bool],
+        handle: Callable[[int, str, tuple[Any, ...]], None],
+    ) -> None:
+        self._requests, self._begin, self._handle = requests, begin, handle
         self._reading = threading.Lock()  # held by the one that reads
         self._lock = threading.Lock()  # guards the one below
         self._free = 0  # threads that read, or wait for that
@@ -230,9 +273,11 @@ class Readers:
             with self._reading:
                 try:
                     call, method, arguments = pickle.load(self._requests)
+                    while self._begin(call, method, arguments):
+                        call, method, arguments = pickle.load(self._requests)
                 except Exception as error:
                     if not isinstance(error, EOFError | OSError):
-                        logger.exception("a request cannot be read, so that nothing after it can be")
+                        logger.exception("a request cannot be read or begun, so that nothing after it can be")
                     self._over.set()
                     return
             with self._lock:

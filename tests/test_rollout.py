@@ -194,7 +194,7 @@ def test_nothing_is_held_after_the_end(machine: Machine) -> None:
     rollout = machine.rollout()
     play(rollout, SOLVE, "submit")
     assert machine.cache._held == {}
-    assert rollout._sandboxes == []
+    assert rollout._held._sandboxes == []
 
 
 def test_what_waits_for_its_grade_gives_the_same_end_until_it_is_graded(machine: Machine) -> None:
@@ -205,7 +205,7 @@ def test_what_waits_for_its_grade_gives_the_same_end_until_it_is_graded(machine:
     assert Rollout.step(rollout, "submit") == waits and not waits.done
     assert Rollout.step(rollout, "more") == waits
     assert Rollout.close(rollout, grade=True) == waits
-    assert rollout._sandboxes == []
+    assert rollout._held._sandboxes == []
     turn = rollout.judge()
     assert turn.finished is not None
     assert verdict(turn.finished.record) == ("resolved", "submit", 1.0)
@@ -273,7 +273,7 @@ def test_a_dead_sandbox_on_a_healthy_node_is_the_agents(machine: Machine) -> Non
 def test_a_dead_launcher_is_ours(machine: Machine) -> None:
     rollout = machine.rollout()
     rollout.open()
-    os.kill(rollout._launcher.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    os.kill(rollout._held.launcher.pid, signal.SIGKILL)  # type: ignore[union-attr]
     finished = rollout.step("sleep 600").finished  # its init may take a moment to notice
     assert finished is not None
     assert verdict(finished.record) == ("infra_error", "error", None)

@@ -10,15 +10,18 @@ calls `first` once and then `answer` per text, and blocks until the scaffold ask
     query(messages) ───── added ───────────> returns
     end()           ───── None ────────────> returns None
 
+Who has many of them gives the text and does not wait: `give` has the answer brought by the scaffold's own thread.
+
 One condition variable holds all of it; nobody polls, and every wait has a deadline on the monotonic clock.
 """
 
 from __future__ import annotations
 
 import operator
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from skyrl_minisandbox.errors import PolicyError
 from skyrl_minisandbox.policies.policy import Message, PolicyStopped
@@ -29,8 +32,8 @@ PATIENCE = 6 * 3600.0
 gone is noticed by its lease long before."""
 
 
-Said = tuple[str, str]
-"""A message as (role, content): of a history that is long, C makes and compares these in no time."""
+Then = Callable[[list[Message] | None], None]
+"""Called with what `answer` would return."""
 
 
 class InvertedPolicy:
@@ -47,9 +50,10 @@ class InvertedPolicy:
         self.history_divergence = 0
         self.turns = 0
         self._changed = threading.Condition()  # guards everything below
-        self._seen: list[Said] = []  # the scaffold's history as of its last query, and our answer
+        self._seen = Said([])  # the scaffold's history as of its last query, and our answer
         self._added: list[Message] | None = None  # what it asks with, until it is answered
         self._text: str | None = None  # handed over, not yet taken
+        self._then: Then | None = None  # who is to be told what comes of it
         self._stopped: EndedBy | None = None
         self._ended = False
 
@@ -60,12 +64,16 @@ class InvertedPolicy:
 
         Raises `PolicyStopped` once the rollout has ended, `PolicyError` when nobody answers.
         """
-        history = said(messages)
+        history = Said(messages)
         with self._changed:
             self._raise_if_stopped()
             self._added, lost = compare(self._seen, history)
             self.history_divergence += lost
+            added, then = self._added, self._told()
             self._changed.notify_all()
+        if then is not None:
+            then(added)
+        with self._changed:
             answered = self._wait(lambda: self._text is not None or self._stopped is not None, self.patience)
             self._raise_if_stopped()
             if not answered or self._text is None:
@@ -76,7 +84,7 @@ class InvertedPolicy:
                 )
             text, self._text = self._text, None
             self.turns += 1
-            history.append(("assistant", text))
+            history.add("assistant", text)
             self._seen = history
             return text
 
@@ -84,7 +92,10 @@ class InvertedPolicy:
         """The scaffold's run is over, however it went. Called by the thread that ran it, last of all."""
         with self._changed:
             self._ended = True
+            then = self._told()
             self._changed.notify_all()
+        if then is not None:
+            then(None)
 
     # -- the rollout's side -----------------------------------------------------------------------
 
@@ -103,14 +114,40 @@ class InvertedPolicy:
         None when the scaffold ended. Raises `TimeoutError` when it does neither within `timeout` seconds:
         it goes on in its thread then, and waiting again is `first`.
         """
+        told: queue.SimpleQueue[list[Message] | None] = queue.SimpleQueue()
+        then = told.put
+        if not self.give(text, then):
+            with self._changed:
+                if self._over():
+                    return None
+            raise RuntimeError("`answer` without a query that waits for it")
+        try:
+            return told.get(timeout=None if timeout is None else max(0.0, timeout))
+        except queue.Empty:
+            if not self.take_back(then):
+                return told.get()  # it came at the last moment
+        raise TimeoutError(f"the scaffold neither asked nor ended within {timeout} s")
+
+    def give(self, text: str, then: Then) -> bool:
+        """Hand `text` to the scaffold without waiting: `then` is called once, by the thread that asks again, ends, or
+        calls `stop`, and must not wait for the scaffold. False, and nothing happens, where no query waits for a text.
+        """
         with self._changed:
-            if not self._over():
-                if self._added is None:
-                    raise RuntimeError("`answer` without a query that waits for it")
-                self._added = None
-                self._text = text
-                self._changed.notify_all()
-            return self._next(timeout)
+            if self._over() or self._added is None:
+                return False
+            self._added = None
+            self._text = text
+            self._then = then
+            self._changed.notify_all()
+            return True
+
+    def take_back(self, then: Then) -> bool:
+        """Have `then` not called any more; False where it has been, or is about to be."""
+        with self._changed:
+            mine = self._then == then
+            if mine:
+                self._then = None
+            return mine
 
     def stop(self, ended_by: EndedBy = EndedBy.TURN_LIMIT) -> None:
         """Unwind the scaffold: its present or next `query` raises `PolicyStopped(ended_by)`.
@@ -123,7 +160,10 @@ class InvertedPolicy:
                 self._stopped = ended_by
             self._added = None
             self._text = None
+            then = self._told()
             self._changed.notify_all()
+        if then is not None:
+            then(None)
 
     def wait_ended(self, timeout: float | None = None) -> bool:
         """Wait until the scaffold's run is over; False when it is not within `timeout` seconds."""
@@ -134,6 +174,10 @@ class InvertedPolicy:
 
     def _over(self) -> bool:
         return self._ended or self._stopped is not None
+
+    def _told(self) -> Then | None:
+        then, self._then = self._then, None
+        return then
 
     def _next(self, timeout: float | None) -> list[Message] | None:
         if not self._wait(lambda: self._added is not None or self._over(), timeout):
@@ -154,33 +198,54 @@ class InvertedPolicy:
         return True
 
 
-def said(messages: Iterable[Message]) -> list[Said]:
-    """A copy that the scaffold cannot change."""
-    return list(map(operator.itemgetter("role", "content"), messages))
+class Said:
+    """A copy of a conversation that nobody else can change.
+
+    Two lists of texts, which C makes and compares: every query brings the whole history.
+    """
+
+    def __init__(self, messages: list[Message]) -> None:
+        self._roles: list[str] = list(map(operator.itemgetter("role"), messages))
+        self._contents: list[str] = list(map(operator.itemgetter("content"), messages))
+
+    def add(self, role: str, content: str) -> None:
+        self._roles.append(role)
+        self._contents.append(content)
+
+    def begins_with(self, other: Said) -> bool:
+        length = len(other._contents)
+        return self._contents[:length] == other._contents and self._roles[:length] == other._roles
+
+    def pairs(self, start: int = 0) -> list[tuple[str, str]]:
+        return list(zip(self._roles[start:], self._contents[start:], strict=True))
+
+    def __len__(self) -> int:
+        return len(self._contents)
 
 
-def compare(seen: list[Said], history: list[Said]) -> tuple[list[Message], int]:
+def compare(seen: Said, history: Said) -> tuple[list[Message], int]:
     """What `history` adds to `seen`, and how many of `seen` it lost.
 
     seen: the last query's messages followed by the answer to it (or empty).
     Returns the messages for the trainer, whose stream holds all of `seen` already: neither the answer nor
     any other assistant message is among them, as a trainer can only take those from its own model.
     """
-    if history[: len(seen)] == seen:
-        return _for_trainer(history[len(seen) :]), 0
+    if history.begins_with(seen):
+        return _for_trainer(history.pairs(len(seen))), 0
+    before, now = seen.pairs(), history.pairs()
     common = 0
-    while common < min(len(seen), len(history)) and seen[common] == history[common]:
+    while common < min(len(before), len(now)) and before[common] == now[common]:
         common += 1
     # Something was lost. What counts as new begins after the last message that both have.
     lost, start, position = 0, common, common
-    for message in seen[common:]:
+    for message in before[common:]:
         try:
-            position = history.index(message, position) + 1
+            position = now.index(message, position) + 1
             start = position
         except ValueError:
             lost += 1
-    return _for_trainer(history[start:]), lost
+    return _for_trainer(now[start:]), lost
 
 
-def _for_trainer(new: list[Said]) -> list[Message]:
+def _for_trainer(new: list[tuple[str, str]]) -> list[Message]:
     return [{"role": role, "content": content} for role, content in new if role != "assistant"]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from skyrl_minisandbox.errors import PolicyError
-from skyrl_minisandbox.policies.inverted import InvertedPolicy, compare, said
+from skyrl_minisandbox.policies.inverted import InvertedPolicy, Said, compare
 from skyrl_minisandbox.policies.policy import Message, PolicyStopped
 from skyrl_minisandbox.record import EndedBy
 
@@ -198,7 +198,7 @@ A, B = message("assistant", "a"), message("assistant", "b")
 def test_what_is_new_and_what_was_lost(
     seen: list[Message], history: list[Message], added: list[Message], lost: int
 ) -> None:
-    assert compare(said(seen), said(history)) == (added, lost)
+    assert compare(Said(seen), Said(history)) == (added, lost)
 
 
 def test_a_lost_answer_is_counted_as_divergence(running) -> None:

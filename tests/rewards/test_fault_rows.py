@@ -336,7 +336,7 @@ class TestEither:
     def test_a_launcher_that_dies_under_the_agent_is_ours(self, yard: Yard) -> None:
         rollout = yard.rollout(options={"command_timeout": 60.0})
         rollout.open()
-        kill(rollout._launcher.pid)  # type: ignore[union-attr]
+        kill(rollout._held.launcher.pid)  # type: ignore[union-attr]
         finished = rollout.step("sleep 600").finished  # its init may take a moment to notice
         assert finished is not None
         masked(finished, Event.LAUNCHER_LOST)
@@ -356,7 +356,7 @@ class TestEither:
         scored(finished, {outcome_of(Event.GRADING_LATE)})
         assert finished.repeat and "took more than 0.8 s" in finished.record.error
         assert time.monotonic() - started < 20
-        assert rollout._sandboxes == []
+        assert rollout._held._sandboxes == []
 
     def test_the_time_of_a_grading_has_room_for_every_retry(self) -> None:
         asked = request(small_task(timeout=100.0), grading=GradingConfig(retries=3), bounds=RolloutConfig(grade=7.0))
@@ -424,14 +424,14 @@ class TestOurs:
         self, yard: Yard, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         rollout = yard.rollout()
-        opened = rollout._open_sandbox
+        opened = rollout._held.open_sandbox
 
         def doomed(**options: Any) -> Any:
             sandbox = opened(**options)
             kill(sandbox.pid)
             return sandbox
 
-        monkeypatch.setattr(rollout, "_open_sandbox", doomed)
+        monkeypatch.setattr(rollout._held, "open_sandbox", doomed)
         finished = rollout.grade(patch_of("echo right")).finished
         assert finished is not None
         masked(finished, Event.NOT_SET_UP)

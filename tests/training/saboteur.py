@@ -198,6 +198,7 @@ def _break_worker(fault: str) -> None:
             return NONSENSE
 
         Rollout.step = step  # type: ignore[assignment,method-assign]
+        Rollout.begin = lambda *_: False  # type: ignore[assignment,method-assign]  # in favour of the former
 
 
 def _break_launcher(fault: str) -> None:

@@ -1,0 +1,56 @@
+"""Deadlines that mostly are not reached: one thread looks after all of a process, and setting one starts none."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable
+
+
+class Alarms:
+    """Thread-safe. An action runs in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards all below
+        self._set: dict[Hashable, tuple[float, Callable[[], None]]] = {}
+        self._wakes = math.inf  # when the thread looks again, at the latest
+        self._thread: threading.Thread | None = None
+
+    def set(self, key: Hashable, seconds: float, action: Callable[[], None]) -> None:
+        """Have `action` called once after `seconds`, in place of what was set for `key`."""
+        when = time.monotonic() + seconds
+        with self._changed:
+            self._set[key] = (when, action)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="alarms", daemon=True)
+                self._thread.start()
+            elif when < self._wakes:
+                self._changed.notify()
+
+    def cancel(self, key: Hashable) -> None:
+        """Forget what is set for `key`, if there is something. It may be under way."""
+        with self._changed:
+            self._set.pop(key, None)
+
+    def _watch(self) -> None:
+        while True:
+            for action in self._due():
+                threading.Thread(target=action, name="alarm", daemon=True).start()
+
+    def _due(self) -> list[Callable[[], None]]:
+        """Wait until there is something to do, or may be; what that is."""
+        with self._changed:
+            now = time.monotonic()
+            late = [key for key, (when, _) in self._set.items() if when <= now]
+            if late:
+                return [self._set.pop(key)[1] for key in late]
+            self._wakes = min((when for when, _ in self._set.values()), default=math.inf)
+            # A cancelled one is waited for all the same: to wake up for nothing, rarely, is cheaper than to be told.
+            self._changed.wait(None if self._wakes == math.inf else min(self._wakes - now, threading.TIMEOUT_MAX))
+            self._wakes = -math.inf  # awake: it looks anyway
+            return []
+
+
+ALARMS = Alarms()
+"""Of this process."""
