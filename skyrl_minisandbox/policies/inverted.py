@@ -12,7 +12,7 @@ calls `first` once and then `answer` per text, and blocks until the scaffold ask
 
 Who has many of them gives the text and does not wait: `give` has the answer brought by the scaffold's own thread.
 
-One condition variable holds all of it; nobody polls, and every wait has a deadline on the monotonic clock.
+One condition variable holds all but the text itself; nobody polls, and every wait has a deadline (monotonic clock).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class InvertedPolicy:
         self._changed = threading.Condition()  # guards everything below
         self._seen = Said([])  # the scaffold's history as of its last query, and our answer
         self._added: list[Message] | None = None  # what it asks with, until it is answered
-        self._text: str | None = None  # handed over, not yet taken
+        # Handed over, not yet taken; None wakes whoever waits for one. A queue, as C has it: every turn waits for it.
+        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._then: Then | None = None  # who is to be told what comes of it
         self._stopped: EndedBy | None = None
         self._ended = False
@@ -73,16 +74,17 @@ class InvertedPolicy:
             self._changed.notify_all()
         if then is not None:
             then(added)
+        text = self._take(self.patience)
         with self._changed:
-            answered = self._wait(lambda: self._text is not None or self._stopped is not None, self.patience)
             self._raise_if_stopped()
-            if not answered or self._text is None:
+            if text is None:  # nobody can give one any more, but may have at the last moment
                 self._added = None
+                text = self._take(0.0)
+            if text is None:
                 raise PolicyError(
                     f"no text came for the scaffold within {self.patience:.0f} s",
                     hint="the driver that calls env.step is gone or paused; close the rollout",
                 )
-            text, self._text = self._text, None
             self.turns += 1
             history.add("assistant", text)
             self._seen = history
@@ -136,10 +138,9 @@ class InvertedPolicy:
             if self._over() or self._added is None:
                 return False
             self._added = None
-            self._text = text
             self._then = then
-            self._changed.notify_all()
-            return True
+        self._texts.put(text)
+        return True
 
     def take_back(self, then: Then) -> bool:
         """Have `then` not called any more; False where it has been, or is about to be."""
@@ -159,9 +160,9 @@ class InvertedPolicy:
             if self._stopped is None:
                 self._stopped = ended_by
             self._added = None
-            self._text = None
             then = self._told()
             self._changed.notify_all()
+        self._texts.put(None)
         if then is not None:
             then(None)
 
@@ -174,6 +175,12 @@ class InvertedPolicy:
 
     def _over(self) -> bool:
         return self._ended or self._stopped is not None
+
+    def _take(self, timeout: float) -> str | None:
+        try:
+            return self._texts.get(timeout=timeout)
+        except queue.Empty:
+            return None
 
     def _told(self) -> Then | None:
         then, self._then = self._then, None

@@ -126,7 +126,7 @@ class Bash:
         state = self._path("state")
         # Short, as bash reads its input byte by byte: 0.3 us each. What it says beside the command goes to /dev/null.
         line = (
-            f"builtin trap 'builtin return 124' RTMAX-{_BELOW_RTMAX};"
+            f"builtin trap 'builtin return 124' {signal.SIGRTMAX - _BELOW_RTMAX:d};"
             f"{restore}. {file} </dev/null >{output} 2>&1 {_CONTROL}>&-;__ms=$?;"
             f"{{ builtin export -p;builtin declare -f;}}>|{state};"
             f"builtin printf '%s %d %s\\0' {self._nonce.decode()} \"$__ms\" \"${{PWD-}}\">&{_CONTROL};"
@@ -154,8 +154,8 @@ class Bash:
     def _prepare(self) -> None:
         if self._next >= 0:
             return
-        self._nonce = os.urandom(12).hex().encode()
-        self._next_name = self._path(os.urandom(8).hex())  # not to be guessed: what lies there would be in the way
+        self._nonce = os.urandom(8).hex().encode()
+        self._next_name = self._path(os.urandom(4).hex())  # not to be guessed: what lies there would be in the way
         os.mkfifo(self._next_name)
         os.chmod(self._next_name, 0o622)
         self._next = os.open(self._next_name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
