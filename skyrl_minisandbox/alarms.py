@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -12,6 +13,10 @@ class Alarms:
     """Thread-safe. An action runs in a thread of its own."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """As made anew: in a forked child the thread is not there, and what was set is the parent's."""
         self._changed = threading.Condition()  # guards all below
         self._set: dict[Hashable, tuple[float, Callable[[], None]]] = {}
         self._wakes = math.inf  # when the thread looks again, at the latest
@@ -54,3 +59,4 @@ class Alarms:
 
 ALARMS = Alarms()
 """Of this process."""
+os.register_at_fork(after_in_child=ALARMS.forget)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from skyrl_minisandbox.alarms import ALARMS
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, SandboxGone, StoreError
 from skyrl_minisandbox.turn import RolloutRequest
 
@@ -94,16 +95,14 @@ class Belongings:
                 self._overdue = True
             self.close_sandboxes()
 
-        watchdog = threading.Timer(seconds, end)
-        watchdog.daemon = True
-        watchdog.start()
+        ALARMS.set(late, seconds, end)
         try:
             yield
         except Exception:
             if not late.is_set():
                 raise
         finally:
-            watchdog.cancel()
+            ALARMS.cancel(late)
             with self._lock:
                 self._overdue = False
         if late.is_set():

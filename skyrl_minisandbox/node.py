@@ -29,6 +29,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from skyrl_minisandbox.alarms import ALARMS
 from skyrl_minisandbox.channel import Callee
 from skyrl_minisandbox.claims import Claim, sweep
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, OutOfMemory, WorkerLost
@@ -144,10 +145,8 @@ class Node:
 
         future.add_done_callback(ended)
         if not grade:
-            overdue = threading.Timer(GIVING_UP, worker.kill_unless_alive)
-            overdue.daemon = True
-            overdue.start()
-            future.add_done_callback(lambda _: overdue.cancel())
+            ALARMS.set(future, GIVING_UP, worker.kill_unless_alive)
+            future.add_done_callback(ALARMS.cancel)
         return future
 
     def status(self) -> NodeStatus:

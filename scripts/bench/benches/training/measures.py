@@ -110,18 +110,21 @@ class Measures:
         for words, config, shells in (("nothing done", self.still, False), ("`true` in the shell", self.config, True)):
             ours: list[float] = []
             peer: list[float] = []
-            with self._episodes(config, size.live) as episodes, self._bare(shells) as actor:
+            with self._bare(shells) as actor:
                 if shells:
                     ray.get(actor.open.remote(size.live))
-
-                def step(number: int, episodes: list[Episode] = episodes) -> None:
-                    episodes[number].step("true")
 
                 def call(number: int, actor: Any = actor, shells: bool = shells) -> None:
                     ray.get(actor.run.remote(number, "true") if shells else actor.nothing.remote())
 
                 for _ in range(size.rounds):
-                    ours.append(rate(size.live, size.closed_seconds, step))
+                    # New ones each time: a rollout whose history grows without end is nobody's.
+                    with self._episodes(config, size.live) as episodes:
+
+                        def step(number: int, episodes: list[Episode] = episodes) -> None:
+                            episodes[number].step("true")
+
+                        ours.append(rate(size.live, size.closed_seconds, step))
                     peer.append(rate(size.live, size.closed_seconds, call))
             self._add(
                 f"steps a second, {size.live} callers, {words}",
