@@ -174,3 +174,17 @@ def test_what_cannot_be_sent_fails_only_its_own_call(actor: Any, tmp_path: Path)
     with (tmp_path / "file").open("w") as file, pytest.raises(TypeError, match="pickle"):
         caller.call("echo", file)
     assert caller.call("echo", 3).result(seconds(30)) == 3
+
+
+class _Unreadable:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+def test_what_cannot_be_read_fails_only_its_own_call(actor: Any) -> None:
+    caller = Caller(actor)
+    never = caller.call("never")
+    with pytest.raises(RuntimeError, match="invalid literal"):
+        caller.call("echo", _Unreadable()).result(seconds(30))
+    assert caller.call("echo", 4).result(seconds(30)) == 4
+    assert not never.done()

@@ -85,6 +85,36 @@ def test_more_rollouts_than_slots_start_at_once(node: Node) -> None:
     assert node.status().open == 0
 
 
+def test_each_of_many_gets_its_own_answers_and_a_slow_one_keeps_none_waiting(node: Node) -> None:
+    asked = [request(small_task(f"small-{n}")) for n in range(9)]
+    for future in [node.open(each) for each in asked]:
+        assert future.result(SECONDS).messages
+    slow, *others = (each.rollout_id for each in asked)
+    waits = node.step(slow, "sleep 600")
+    for turn in range(15):
+        steps = {rollout: node.step(rollout, f"echo {rollout} {turn}") for rollout in others}
+        for rollout, step in steps.items():
+            (message,) = step.result(SECONDS).messages
+            assert message["content"] == f"exit code 0\n{rollout} {turn}\n"
+    assert not waits.done()
+    node.close(slow, False).result(SECONDS)
+    assert waits.result(SECONDS).finished.record.outcome.value == "infra_error"  # type: ignore[union-attr]
+    assert ended(node, others[0], "submit").record.ended_by.value == "submit"
+
+
+def test_a_worker_that_reads_what_is_no_request_ends_and_loses_only_its_rollouts(node: Node) -> None:
+    first, second = request(small_task("small-1")), request(small_task("small-2"))
+    for future in [node.open(each) for each in (first, second)]:
+        assert future.result(SECONDS).messages
+    waiting = node.step(first.rollout_id, "sleep 600")
+    worker = node._leases[first.rollout_id]
+    worker._socket.sendall(b"no pickle\n")
+    assert waiting.result(SECONDS).finished.record.outcome.value == "infra_error"  # type: ignore[union-attr]
+    assert gone(worker.pid)
+    assert "cannot be read or begun" in worker._log.read_text()
+    assert node.step(second.rollout_id, "true").result(SECONDS).messages
+
+
 def test_ready_sandboxes_go_with_the_node(setup: NodeSetup) -> None:
     node = Node(setup)
     asked = [dataclasses.replace(request(small_task(f"small-{n}")), pool=2) for n in range(4)]

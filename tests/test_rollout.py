@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import queue
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from skyrl_minisandbox import rollout as rollout_module
+from skyrl_minisandbox.alarms import ALARMS
 from skyrl_minisandbox.config import RewardConfig, RolloutConfig, ScaffoldConfig
 from skyrl_minisandbox.errors import NodeError
 from skyrl_minisandbox.images import Cache, Store
@@ -22,7 +24,7 @@ from skyrl_minisandbox.record import EndedBy, Outcome, RolloutRecord
 from skyrl_minisandbox.rollout import Rollout
 from skyrl_minisandbox.turn import Finished, Turn
 from tests.small import GOLD, SOLVE, AtOnce, build_small_image, request, small_task
-from tests.support import needs
+from tests.support import needs, seconds
 
 pytestmark = needs("userns", "overlay", "git")
 
@@ -353,3 +355,81 @@ def test_a_cache_that_is_damaged_below_the_top_is_ours_and_mended(tmp_path: Path
     assert verdict(turn.finished.record) == ("infra_error", "error", None)
     assert "damaged" in turn.finished.record.error
     assert play(here.rollout(), SOLVE, "submit").record.outcome is Outcome.RESOLVED
+
+
+class Begun:
+    """A rollout whose texts are handed over without waiting for what comes of them."""
+
+    def __init__(self, machine: Machine, **changes: Any) -> None:
+        self.rollout = Rollout(
+            request(small_task(), **changes), store=machine.store, cache=machine.cache, node="here"
+        )
+        machine.made.append(self.rollout)
+        self.rollout.open()
+        self.replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def begin(self, text: str) -> bool:
+        return self.rollout.begin(text, self.replies.put)
+
+    def reply(self) -> Any:
+        """What came of the last one, once."""
+        found = self.replies.get(timeout=seconds(60))
+        assert self.replies.empty()
+        return found
+
+
+def test_a_step_can_be_begun_without_waiting_for_it(machine: Machine) -> None:
+    one = Begun(machine)
+    assert one.begin("sleep 0.3; cat answer.sh")
+    assert one.replies.empty()
+    assert not one.begin("too early") and one.replies.empty()
+    assert one.reply() == Turn([{"role": "user", "content": "exit code 0\necho wrong\n"}])
+    assert one.begin(SOLVE)
+    assert isinstance(one.reply(), Turn)
+    assert one.begin("submit")
+    assert one.reply()() == Turn([], ungraded=True)
+    assert not one.begin("more") and one.rollout.step("more").ungraded
+    finished = one.rollout.judge().finished
+    assert finished is not None and verdict(finished.record) == ("resolved", "submit", 1.0)
+    said = [m["content"] for m in finished.trajectory["messages"] if m["role"] == "assistant"]
+    assert said == ["sleep 0.3; cat answer.sh", SOLVE, "submit"]
+    assert not ALARMS._set
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"bounds": RolloutConfig(step=0.5)}, "time"),
+        ({"bounds": RolloutConfig(time=0.5)}, "time"),
+        ({"max_turns": 1}, "turn_limit"),
+    ],
+)
+def test_one_that_was_begun_has_the_same_limits(machine: Machine, changes: dict[str, Any], expected: str) -> None:
+    one = Begun(machine, **changes)
+    began = time.monotonic()
+    assert one.begin("sleep 30" if expected == "time" else SOLVE)
+    assert one.reply()() == Turn([], ungraded=True)
+    assert time.monotonic() - began < 15
+    finished = one.rollout.judge().finished
+    assert finished is not None and finished.record.ended_by.value == expected
+    assert one.replies.empty()
+
+
+def test_one_that_was_begun_and_is_given_up_is_told_and_blocks_nothing(machine: Machine) -> None:
+    one = Begun(machine)
+    assert one.begin("sleep 30")
+    init = one.rollout._sandbox.pid  # type: ignore[union-attr]
+    one.rollout.abort()
+    assert not Path(f"/proc/{init}").exists()
+    finished = one.reply()().finished
+    assert finished is not None and finished.record.outcome is Outcome.INFRA_ERROR
+    assert one.rollout.close(grade=True).finished is finished  # type: ignore[union-attr]
+    assert machine.cache._held == {} and one.replies.empty()
+
+
+def test_one_whose_scaffold_fails_is_told(machine: Machine) -> None:
+    one = Begun(machine, options={"fail": 2})
+    assert one.begin(SOLVE)
+    assert one.reply()() == Turn([], ungraded=True)
+    finished = one.rollout.judge().finished
+    assert finished is not None and verdict(finished.record) == ("resolved", "error", 1.0)

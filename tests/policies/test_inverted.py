@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -210,3 +211,69 @@ def test_a_lost_answer_is_counted_as_divergence(running) -> None:
     one.policy.first(TIMEOUT)
     assert one.policy.answer("not kept", TIMEOUT) == [N]
     assert one.policy.history_divergence == 1
+
+
+Told = queue.SimpleQueue
+
+
+def test_a_text_can_be_given_without_waiting_for_what_comes_of_it(running) -> None:
+    one = running(conversation(2))
+    one.policy.first(TIMEOUT)
+    told: Told[list[Message] | None] = Told()
+    threads: list[threading.Thread] = []
+
+    def then(added: list[Message] | None) -> None:
+        threads.append(threading.current_thread())
+        told.put(added)
+
+    assert one.policy.give("a", then)
+    assert told.get(timeout=TIMEOUT) == [message("user", "saw a")]
+    assert one.policy.give("b", then)
+    assert told.get(timeout=TIMEOUT) is None
+    assert threads == [one.thread, one.thread]
+    one.join()
+    assert not one.policy.give("c", then) and told.empty()
+
+
+def test_nothing_is_given_to_a_scaffold_that_does_not_ask(running) -> None:
+    asks = threading.Event()
+
+    def scaffold(policy: InvertedPolicy) -> None:
+        asks.wait(TIMEOUT)
+        policy.query([message("user", "x")])
+
+    one = running(scaffold)
+    told: Told[list[Message] | None] = Told()
+    assert not one.policy.give("too early", told.put)
+    asks.set()
+    assert one.policy.first(TIMEOUT) == [message("user", "x")]
+    assert one.policy.give("a", told.put)
+    assert told.get(timeout=TIMEOUT) is None
+    assert one.policy.turns == 1
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_is_taken_back_or_stopped_is_told_once_at_most(running, stopped: bool) -> None:
+    works = threading.Event()
+
+    def scaffold(policy: InvertedPolicy) -> None:
+        policy.query([message("user", "x")])
+        works.wait(TIMEOUT)
+        policy.query([message("user", "x"), message("assistant", "a"), message("user", "y")])
+
+    one = running(scaffold)
+    one.policy.first(TIMEOUT)
+    told: Told[list[Message] | None] = Told()
+    then = told.put
+    assert one.policy.give("a", then)
+    if stopped:
+        one.policy.stop(EndedBy.TIME)
+        assert told.get(timeout=TIMEOUT) is None  # at once: the scaffold still works
+    assert one.policy.take_back(then) is not stopped
+    works.set()
+    if not stopped:
+        assert one.policy.first(TIMEOUT) == [message("user", "y")]
+        one.policy.stop()
+    one.join()
+    assert told.empty()
+    assert isinstance(one.error, PolicyStopped)
