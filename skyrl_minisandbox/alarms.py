@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Hashable
+
+RETRY = 1.0
+"""Seconds until what could not be done, as no thread can be started, is tried again."""
 
 
 class Alarms:
@@ -20,16 +24,16 @@ class Alarms:
         self._changed = threading.Condition()  # guards all below
         self._set: dict[Hashable, tuple[float, Callable[[], None]]] = {}
         self._wakes = math.inf  # when the thread looks again, at the latest
-        self._thread: threading.Thread | None = None
+        self._watching = False
 
     def set(self, key: Hashable, seconds: float, action: Callable[[], None]) -> None:
         """Have `action` called once after `seconds`, in place of what was set for `key`."""
         when = time.monotonic() + seconds
         with self._changed:
             self._set[key] = (when, action)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="alarms", daemon=True)
-                self._thread.start()
+            if not self._watching:
+                with contextlib.suppress(RuntimeError):  # the next one tries again
+                    self._start()
             elif when < self._wakes:
                 self._changed.notify()
 
@@ -38,18 +42,35 @@ class Alarms:
         with self._changed:
             self._set.pop(key, None)
 
+    def start(self) -> None:
+        """Have the thread now, so that no `set` depends on whether one can be started. Raises `RuntimeError`."""
+        with self._changed:
+            if not self._watching:
+                self._start()
+
+    def _start(self) -> None:
+        threading.Thread(target=self._watch, name="alarms", daemon=True).start()
+        self._watching = True
+
     def _watch(self) -> None:
         while True:
-            for action in self._due():
-                threading.Thread(target=action, name="alarm", daemon=True).start()
+            for key, action in self._due():
+                try:
+                    threading.Thread(target=action, name="alarm", daemon=True).start()
+                except RuntimeError:
+                    self._once_more(key, action)
 
-    def _due(self) -> list[Callable[[], None]]:
+    def _once_more(self, key: Hashable, action: Callable[[], None]) -> None:
+        with self._changed:
+            self._set.setdefault(key, (time.monotonic() + RETRY, action))
+
+    def _due(self) -> list[tuple[Hashable, Callable[[], None]]]:
         """Wait until there is something to do, or may be; what that is."""
         with self._changed:
             now = time.monotonic()
             late = [key for key, (when, _) in self._set.items() if when <= now]
             if late:
-                return [self._set.pop(key)[1] for key in late]
+                return [(key, self._set.pop(key)[1]) for key in late]
             self._wakes = min((when for when, _ in self._set.values()), default=math.inf)
             # A cancelled one is waited for all the same: to wake up for nothing, rarely, is cheaper than to be told.
             self._changed.wait(None if self._wakes == math.inf else min(self._wakes - now, threading.TIMEOUT_MAX))

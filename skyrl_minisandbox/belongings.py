@@ -88,9 +88,12 @@ class Belongings:
         """End every sandbox when the block is not through after `seconds`, and let it have no other. Raises `Late`
         then."""
         late = threading.Event()
+        through = False
 
         def end() -> None:
             with self._lock:
+                if through:
+                    return
                 late.set()
                 self._overdue = True
             self.close_sandboxes()
@@ -104,6 +107,7 @@ class Belongings:
         finally:
             ALARMS.cancel(late)
             with self._lock:
+                through = True
                 self._overdue = False
         if late.is_set():
             raise Late(f"{what} took more than {seconds:g} s")

@@ -444,5 +444,5 @@ def _absolute(path: str) -> str:
 
 def _positive(config: Config, section: str, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:  # nor is NaN
             raise InputError(f"`{section}.{name}={getattr(config, name)}` must be above 0")

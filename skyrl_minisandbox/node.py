@@ -368,9 +368,17 @@ class WorkerProcess:
         except (EOFError, OSError):
             pass
         except Exception:  # a reply that cannot be read: this process cannot be talked to any more
-            logger.exception("worker process %d", self.pid)
-            self._kill()
+            if not self._hung_up():
+                logger.exception("worker process %d", self.pid)
+                self._kill()
         self._bury()
+
+    def _hung_up(self) -> bool:
+        """Whether the other end is closed: what was being read was cut short."""
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def _bury(self) -> None:
         try:

@@ -157,7 +157,7 @@ class Rollout:
             reply(finish)
 
         def asked(messages: list[Message] | None) -> None:
-            ALARMS.cancel(self)
+            ALARMS.cancel(asked)
             settle(self._went_on(text, started, messages))
 
         def late() -> None:
@@ -167,7 +167,9 @@ class Rollout:
         if self._over is not None or seconds <= 0 or not self._policy.give(text, asked):
             self._serial.release()
             return False
-        ALARMS.set(self, seconds, late)
+        ALARMS.set(asked, seconds, late)
+        if not self._policy.awaits(asked):  # it was quicker
+            ALARMS.cancel(asked)
         return True
 
     @property

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from skyrl_minisandbox.alarms import ALARMS
 from skyrl_minisandbox.errors import MiniSandboxError, NodeError, one_line
 from skyrl_minisandbox.record import EndedBy
 from skyrl_minisandbox.rollout import Finish, Rollout
@@ -221,8 +222,8 @@ def serve(owner: socket.socket) -> None:
             return False
 
         def reply(function: Callable[[], Turn], takes_time: bool) -> None:
-            if takes_time:
-                threading.Thread(target=answer, args=(call, method, function), daemon=True).start()
+            if takes_time:  # in another thread than this one, whenever one can be started
+                ALARMS.set(call, 0.0, lambda: answer(call, method, function))
             else:
                 answer(call, method, function)
 
@@ -232,6 +233,7 @@ def serve(owner: socket.socket) -> None:
     def handle(call: int, method: str, arguments: tuple[Any, ...]) -> None:
         answer(call, method, lambda: methods[method](*arguments))
 
+    ALARMS.start()
     Readers(requests, begin, handle).run()
     farewell = threading.Thread(target=worker.end, daemon=True)
     farewell.start()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import queue
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from skyrl_minisandbox.alarms import Alarms
-from tests.support import seconds
+from tests.support import REPOSITORY, needs, seconds
 
 
 @pytest.fixture
@@ -75,3 +77,44 @@ def test_a_forked_child_has_its_own() -> None:
         os._exit(0 if rang.wait(20) and inherited == 0 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     ALARMS.cancel("parent's")
+
+
+_NO_THREADS = """
+import os, resource, threading, time
+from skyrl_minisandbox.alarms import Alarms
+
+def most_processes(most):
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, hard))
+
+alarms, rung, hard = Alarms(), [], resource.getrlimit(resource.RLIMIT_NPROC)[1]
+{start}
+os.setresuid(65533, 65533, 65533)  # root may have any number
+most_processes(0)
+try:
+    threading.Thread(target=print).start()
+except RuntimeError as error:
+    print(error)
+alarms.set("meanwhile", 0.1, lambda: rung.append("meanwhile"))
+time.sleep(0.5)
+print(rung)
+most_processes(hard)
+alarms.set("after", 0.1, lambda: rung.append("after"))
+deadline = time.monotonic() + 20
+while len(rung) < 2 and time.monotonic() < deadline:
+    time.sleep(0.05)
+print(sorted(rung))
+"""
+
+
+@pytest.mark.parametrize("start", ["alarms.start()", ""], ids=["its own there", "its own too"])
+@needs("root")
+def test_where_no_thread_can_be_started_for_a_while_none_is_lost(start: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _NO_THREADS.format(start=start)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=seconds(60),
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["can't start new thread", "[]", "['after', 'meanwhile']"], done.stderr

@@ -81,6 +81,7 @@ def test_paths_are_absolute_and_stores_elsewhere_are_left_alone(monkeypatch: pyt
         ({"tasks": {"idz": []}}, "unknown key `tasks.idz`", "did you mean `ids`?"),
         ({"rollout": {"step": "long"}}, "`rollout.step=long` must be a number", ""),
         ({"rollout": {"step": 0}}, "`rollout.step=0.0` must be above 0", ""),
+        ({"rollout": {"step": float("nan")}}, "`rollout.step=nan` must be above 0", ""),
         ({"rollout": {"turns": -1}}, "`rollout.turns=-1` must be 0 (no bound) or above", ""),
         ({"images": 3}, "`images` must have keys of its own, but is 3", ""),
         ({"sandbox": {"memory": "lots"}}, "`sandbox.memory=lots` is not a size", "`sandbox.memory=4GiB`"),

@@ -139,8 +139,8 @@ class InvertedPolicy:
                 return False
             self._added = None
             self._then = then
-        self._texts.put(text)
-        return True
+            self._texts.put(text)
+            return True
 
     def take_back(self, then: Then) -> bool:
         """Have `then` not called any more; False where it has been, or is about to be."""
@@ -149,6 +149,11 @@ class InvertedPolicy:
             if mine:
                 self._then = None
             return mine
+
+    def awaits(self, then: Then) -> bool:
+        """Whether `then` is still to be called."""
+        with self._changed:
+            return self._then == then
 
     def stop(self, ended_by: EndedBy = EndedBy.TURN_LIMIT) -> None:
         """Unwind the scaffold: its present or next `query` raises `PolicyStopped(ended_by)`.
@@ -161,8 +166,8 @@ class InvertedPolicy:
                 self._stopped = ended_by
             self._added = None
             then = self._told()
+            self._texts.put(None)
             self._changed.notify_all()
-        self._texts.put(None)
         if then is not None:
             then(None)
 
