@@ -120,8 +120,10 @@ class Bench:
     def start(self, engine: str, *more: str, module: str = "tests.training.sim", nohup: bool = False) -> Job:
         """`python -m MODULE KEYS…`, or, for no module, the Python code that `more` begins with.
 
-        nohup: it and all that it starts ignore SIGINT, as below `nohup` or behind a shell's `&`.
+        nohup: it and all that it starts ignore SIGINT, as below `nohup` or behind a shell's `&`. Otherwise they do not,
+            even where these tests run so.
         """
+        handler = signal.SIG_IGN if nohup else signal.SIG_DFL
         log = tempfile.TemporaryFile()
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -139,7 +141,7 @@ class Bench:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if nohup else None,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
         )
         return Job(process, log)
 
