@@ -12,6 +12,7 @@ Call 0 is a notice of the worker's own: `stuck`, after which the node gives it n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -188,11 +189,9 @@ def serve(owner: socket.socket) -> None:
     sending = threading.Lock()  # a reply may be more than one write
 
     def send(call: int, value: Any, error: BaseException | None) -> None:
-        with sending:
-            try:
-                owner.sendall(pickle.dumps((call, value, error), pickle.HIGHEST_PROTOCOL))
-            except OSError:
-                pass  # the owner is gone; the reading thread sees it too and ends us
+        data = pickle.dumps((call, value, error), pickle.HIGHEST_PROTOCOL)
+        with sending, contextlib.suppress(OSError):  # the owner is gone; the reading thread sees it too and ends us
+            owner.sendall(data)
 
     setup: WorkerSetup = pickle.load(requests)
     sys.path.extend(path for path in setup.sys_path if path not in sys.path)
@@ -268,7 +267,10 @@ class Readers:
     def _start(self) -> None:
         with self._lock:
             self._free += 1
-        threading.Thread(target=self._work, daemon=True).start()
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:  # as soon as one can be started
+            ALARMS.set(self, 0.0, self._work)
 
     def _work(self) -> None:
         while not self._over.is_set():
