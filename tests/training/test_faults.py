@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.skyrl.environment import VERSIONS
-from tests.support import needs
+from tests.support import REPOSITORY, needs
 from tests.training.conftest import Trainers
 
 machine = needs("userns", "overlay", "git", "network")
@@ -99,6 +99,23 @@ CI = {"0.4.0-env-raises-once", "0.4.0-worker-dies-once", "0.4.0-launcher-dies-on
 
 def test_every_place_and_fault_has_a_row() -> None:
     assert {(cell.place, cell.fault) for cell in CELLS} | set(CANNOT) == {(p, f) for p in PLACES for f in FAULTS}
+
+
+def table() -> str:
+    """The cells as docs/training.md has them."""
+
+    def cell(place: str, fault: str) -> str:
+        if (place, fault) in CANNOT:
+            return "cannot be: that is the job's own process"
+        once, always = ONCE[place, fault], ALWAYS.get((place, fault))
+        return f"{once}; {always} if it does so at each try" if always else once
+
+    head = f"| | {' | '.join(FAULTS)} |\n|---|{'---|' * len(FAULTS)}\n"
+    return head + "".join(f"| {place} | {' | '.join(cell(place, fault) for fault in FAULTS)} |\n" for place in PLACES)
+
+
+def test_the_documentation_has_the_table() -> None:
+    assert table() in (REPOSITORY / "docs" / "training.md").read_text()
 
 
 def cases() -> Iterator[Any]:
