@@ -12,7 +12,6 @@ Two exchanges are under way at most: one of which the actor keeps hold of while 
 it more. Where one caller calls at a time, each call is one exchange, as it would be without us.
 
 What goes either way is bytes that we have pickled: both ends are ours, and Ray passes on one bytes object as it is.
-Nor does Ray tell its dashboard of each exchange (`TASK_EVENTS`), which takes as long as one of our own steps.
 """
 
 from __future__ import annotations
@@ -32,9 +31,6 @@ UNDER_WAY = 2
 
 EXCHANGES = 64
 """Threads of the actor: 32 processes may share it. Threads, because Ray takes longer for an asynchronous actor."""
-
-TASK_EVENTS = False
-"""For the actor's option `enable_task_events`."""
 
 KEPT = 30.0
 """Seconds that the actor keeps hold of an exchange. Who waits comes again; a driver that is gone holds no thread."""

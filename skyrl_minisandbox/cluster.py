@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
-from skyrl_minisandbox.channel import EXCHANGES, TASK_EVENTS, Caller
+from skyrl_minisandbox.channel import EXCHANGES, Caller
 from skyrl_minisandbox.claims import sweep
 from skyrl_minisandbox.config import EnvConfig
 from skyrl_minisandbox.errors import NodeError, one_line
@@ -192,7 +192,7 @@ class RayCluster(Cluster):
                 get_if_exists=True,
                 num_cpus=0,
                 max_concurrency=EXCHANGES,
-                enable_task_events=TASK_EVENTS,
+                enable_task_events=False,  # of each exchange, for Ray's dashboard: 0.05 ms
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             )
             .remote(setup)

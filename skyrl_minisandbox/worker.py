@@ -93,11 +93,10 @@ class Worker:
         rollout = self._rollout(rollout_id)
         return self._guarded(rollout, lambda: rollout.step(text))
 
-    def begin(self, rollout_id: str, text: str, reply: Callable[[Callable[[], Turn], bool], None]) -> bool:
+    def begin(self, rollout_id: str, text: str, reply: Callable[[Turn | Finish], None]) -> bool:
         """`step` without waiting. False, and nothing happens, where it cannot be begun so: `step` does it.
 
-        reply: called once, with what gives the Turn and may raise, and whether that takes its time: see
-            `Rollout.begin`.
+        reply: as for `Rollout.begin`; the function to call may raise.
         """
         with self._lock:
             rollout = self._rollouts.get(rollout_id)
@@ -105,10 +104,7 @@ class Worker:
             return False
 
         def answered(rest: Turn | Finish) -> None:
-            if isinstance(rest, Turn):
-                reply(lambda: rest, False)
-            else:
-                reply(lambda: self._guarded(rollout, rest), True)
+            reply(rest if isinstance(rest, Turn) else lambda: self._guarded(rollout, rest))
 
         return rollout.begin(text, answered)
 
@@ -220,11 +216,11 @@ def serve(owner: socket.socket) -> None:
         if method != "step":
             return False
 
-        def reply(function: Callable[[], Turn], takes_time: bool) -> None:
-            if takes_time:  # in another thread than this one, whenever one can be started
-                ALARMS.set(call, 0.0, lambda: answer(call, method, function))
-            else:
-                answer(call, method, function)
+        def reply(rest: Turn | Finish) -> None:
+            if isinstance(rest, Turn):
+                answer(call, method, lambda: rest)
+            else:  # in another thread than this one, whenever one can be started
+                ALARMS.set(call, 0.0, lambda: answer(call, method, rest))
 
         rollout_id, text = arguments
         return worker.begin(rollout_id, text, reply)
@@ -276,9 +272,10 @@ class Readers:
         while not self._over.is_set():
             with self._reading:
                 try:
-                    call, method, arguments = pickle.load(self._requests)
-                    while self._begin(call, method, arguments):
+                    while True:
                         call, method, arguments = pickle.load(self._requests)
+                        if not self._begin(call, method, arguments):
+                            break
                 except Exception as error:
                     if not isinstance(error, EOFError | OSError):
                         logger.exception("a request cannot be read or begun, so that nothing after it can be")

@@ -139,6 +139,7 @@ class Server:
         try:
             for _ in (1, 2):
                 read, write = os.pipe2(os.O_CLOEXEC)
+                os.set_blocking(read, False)
                 ours.append(read)
                 theirs.append(write)
             feed = -1
@@ -195,7 +196,7 @@ class Server:
         command = Command(request, shell.pid, ask["timeout"], self._limits["output"])
         command.shell = shell
         self._commands[request] = command
-        self._watch(command, output, 1, blocking=False)
+        self._watch(command, output, 1)
 
     def start_shell(self, ask: dict[str, Any]) -> None:
         """Start one before its first command comes: bash gets ready while that is on its way."""
@@ -217,9 +218,8 @@ class Server:
         self._commands[request] = command
         self._finish(command, code)
 
-    def _watch(self, command: Command, fd: int, stream: int, *, blocking: bool = True) -> None:
-        if blocking:
-            os.set_blocking(fd, False)
+    def _watch(self, command: Command, fd: int, stream: int) -> None:
+        """Poll an output, which does not block."""
         command.outputs[fd] = stream
         self._by_output[fd] = command
         self._poll.register(fd, select.EPOLLIN)
