@@ -70,6 +70,17 @@ def conversation(turns: int) -> Callable[[InvertedPolicy], list[Message]]:
     return scaffold
 
 
+def busy(go_on: threading.Event, word: str) -> Callable[[InvertedPolicy], None]:
+    """A scaffold that asks, and after its text asks again only when it may go on."""
+
+    def scaffold(policy: InvertedPolicy) -> None:
+        policy.query([message("user", "x")])
+        go_on.wait(TIMEOUT)
+        policy.query([message("user", "x"), message("assistant", "a"), message("user", word)])
+
+    return scaffold
+
+
 def test_each_step_gives_what_the_scaffold_added_since_its_last_query(running) -> None:
     one = running(conversation(2))
     assert one.policy.first(TIMEOUT) == [message("system", "be brief"), message("user", "solve it")]
@@ -137,13 +148,7 @@ def test_stop_before_the_first_query_reaches_it(running) -> None:
 
 def test_a_scaffold_that_is_busy_is_a_timeout_and_can_be_waited_for_again(running) -> None:
     go_on = threading.Event()
-
-    def scaffold(policy: InvertedPolicy) -> None:
-        policy.query([message("user", "x")])
-        go_on.wait(TIMEOUT)
-        policy.query([message("user", "x"), message("assistant", "a"), message("user", "late")])
-
-    one = running(scaffold)
+    one = running(busy(go_on, "late"))
     one.policy.first(TIMEOUT)
     with pytest.raises(TimeoutError):
         one.policy.answer("a", 0.05)
@@ -255,13 +260,7 @@ def test_nothing_is_given_to_a_scaffold_that_does_not_ask(running) -> None:
 @pytest.mark.parametrize("stopped", [False, True])
 def test_what_is_taken_back_or_stopped_is_told_once_at_most(running, stopped: bool) -> None:
     works = threading.Event()
-
-    def scaffold(policy: InvertedPolicy) -> None:
-        policy.query([message("user", "x")])
-        works.wait(TIMEOUT)
-        policy.query([message("user", "x"), message("assistant", "a"), message("user", "y")])
-
-    one = running(scaffold)
+    one = running(busy(works, "y"))
     one.policy.first(TIMEOUT)
     told: Told[list[Message] | None] = Told()
     then = told.put
